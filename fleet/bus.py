@@ -1,0 +1,278 @@
+"""The bus: one inbox per process, one outgoing connection per peer, one-way messages.
+
+Every process binds one ROUTER socket, its inbox, and opens one DEALER to each peer's inbox it speaks to, so order
+holds per pair and direction. `send` never blocks: what does not fit into a peer's queue is dropped and counted, and
+the heartbeats' request notes mend the loss. A socket monitor on each connection reports a dead peer as soon as the
+kernel does; ZMTP heartbeats report a silent one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from types import TracebackType
+from typing import Self
+
+import zmq
+import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.utils.monitor import parse_monitor_message
+
+from fleet.curve import MIN_SECRET_LEN, CurveKeys
+from fleet.errors import AddressInUse, BusClosed, SettingsError, WireError
+from fleet.logs import get_logger
+from fleet.messages import Message
+from fleet.wire import MAX_MESSAGE_BYTES, Frame, decode, encode
+
+QUEUE_LEN = 20_000
+DRAIN_LEN = 64
+LINGER_MS = 300
+RECONNECT_MS = 50
+RECONNECT_MAX_MS = 1_000
+_WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+_log = get_logger("bus")
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message from somebody, with views of its payload frames (they keep the bytes alive)."""
+
+    message: Message
+    payload: list[memoryview]
+
+
+@dataclass(slots=True)
+class BusCounters:
+    """What went wrong on the bus since start; all stay zero on a healthy fleet."""
+
+    dropped: int = 0
+    malformed: int = 0
+    lost_peers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BusConfig:
+    """How a bus listens.
+
+    Attributes:
+        bind_host: address of the inbox; anything but loopback needs `cluster_secret`.
+        advertise_host: what others connect to; empty: `bind_host`.
+        cluster_secret: turns CURVE on; empty: off.
+        silence_s: a peer whose machine says nothing for this long counts as lost.
+    """
+
+    bind_host: str = "127.0.0.1"
+    advertise_host: str = ""
+    cluster_secret: str = ""
+    silence_s: float = 3.0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this address is reachable from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Bus(AbstractAsyncContextManager["Bus"]):
+    """One process's place on the bus. Not thread-safe: everything happens on the event loop's thread.
+
+    Raises:
+        SettingsError: an inbox beyond loopback without a usable cluster secret.
+        AddressInUse: the inbox could not bind.
+    """
+
+    def __init__(self, config: BusConfig) -> None:
+        if not is_loopback(config.bind_host) and not config.cluster_secret:
+            raise SettingsError(
+                f"BATON_BIND_HOST = {config.bind_host}: an inbox beyond loopback needs BATON_CLUSTER_SECRET, "
+                "the same for the whole fleet"
+            )
+        if config.cluster_secret and len(config.cluster_secret) < MIN_SECRET_LEN:
+            raise SettingsError(f"BATON_CLUSTER_SECRET is shorter than {MIN_SECRET_LEN} characters")
+        self.counters = BusCounters()
+        self._config = config
+        self._keys = CurveKeys.derive(config.cluster_secret) if config.cluster_secret else None
+        self._context = zmq.asyncio.Context()
+        self._peers: dict[str, zmq.Socket[bytes]] = {}
+        self._monitors: dict[str, zmq.asyncio.Socket] = {}
+        self._refused_by: set[str] = set()
+        self._lost_callbacks: list[Callable[[str], None]] = []
+        self._poller = zmq.asyncio.Poller()
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._authenticator: AsyncioAuthenticator | None = None
+        self._inbox = self._open_inbox()
+        self.address = self._bind()
+
+    def _open_inbox(self) -> zmq.asyncio.Socket:
+        inbox = self._context.socket(zmq.ROUTER)
+        inbox.setsockopt(zmq.RCVHWM, QUEUE_LEN)
+        inbox.setsockopt(zmq.LINGER, 0)
+        inbox.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._set_heartbeats(inbox)
+        if self._keys is not None:
+            self._authenticator = AsyncioAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback("*", credentials_provider=self)
+            inbox.curve_server = True
+            inbox.curve_secretkey = self._keys.server.secret
+            inbox.curve_publickey = self._keys.server.public
+        return inbox
+
+    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - pyzmq's name and signature
+        """ZAP: let in exactly the fleet's client key."""
+        return self._keys is not None and key == self._keys.client.public
+
+    def _bind(self) -> str:
+        host = self._config.bind_host
+        bracketed = f"[{host}]" if ":" in host else host
+        if ":" in host:
+            self._inbox.setsockopt(zmq.IPV6, 1)
+        try:
+            port = self._inbox.bind_to_random_port(f"tcp://{bracketed}")
+        except zmq.ZMQError as error:
+            self.close()
+            raise AddressInUse(f"cannot listen on {host}: {error}") from error
+        return f"tcp://{self._config.advertise_host or bracketed}:{port}"
+
+    def _set_heartbeats(self, sock: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
+        silence_ms = int(self._config.silence_s * 1000)
+        sock.setsockopt(zmq.HEARTBEAT_IVL, max(50, silence_ms // 3))
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, silence_ms)
+
+    def on_peer_lost(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(address)` when the connection to a peer breaks. It may come back by itself."""
+        self._lost_callbacks.append(callback)
+
+    def send(self, address: str, message: Message, payload: Sequence[Frame] = ()) -> bool:
+        """Queue a message for a peer; False when its queue is full and the message was dropped.
+
+        Raises:
+            BusClosed: after `close()`.
+        """
+        if self._closed:
+            raise BusClosed("the bus is closed")
+        sock = self._peers.get(address) or self._connect(address)
+        try:
+            sock.send_multipart(encode(message, payload), flags=zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            self.counters.dropped += 1
+            _log.warning("message dropped, the peer's queue is full", peer=address, kind=type(message).__name__)
+            return False
+        return True
+
+    def _connect(self, address: str) -> zmq.Socket[bytes]:
+        sock: zmq.Socket[bytes] = zmq.Socket(self._context, zmq.DEALER)
+        sock.setsockopt(zmq.SNDHWM, QUEUE_LEN)
+        sock.setsockopt(zmq.LINGER, LINGER_MS)
+        sock.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        sock.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        sock.setsockopt(zmq.IPV6, int("[" in address))
+        self._set_heartbeats(sock)
+        if self._keys is not None:
+            sock.curve_serverkey = self._keys.server.public
+            sock.curve_secretkey = self._keys.client.secret
+            sock.curve_publickey = self._keys.client.public
+        endpoint = f"inproc://monitor-{id(sock)}"
+        sock.monitor(endpoint, _WATCHED)
+        monitor = self._context.socket(zmq.PAIR)
+        monitor.setsockopt(zmq.LINGER, 0)
+        monitor.connect(endpoint)
+        sock.connect(address)
+        self._peers[address] = sock
+        self._monitors[address] = monitor
+        self._poller.register(monitor, zmq.POLLIN)
+        self._wake.set()
+        return sock
+
+    def forget(self, address: str) -> None:
+        """Close the connection to a peer that is gone for good; what is queued for it is dropped."""
+        sock = self._peers.pop(address, None)
+        if sock is None:
+            return
+        self._refused_by.discard(address)
+        monitor = self._monitors.pop(address)
+        self._poller.unregister(monitor)
+        sock.disable_monitor()
+        monitor.close(linger=0)
+        sock.close(linger=0)
+
+    async def receive(self) -> AsyncIterator[Delivery]:
+        """Yield messages as they come; what is not a message of ours is counted, logged and dropped.
+
+        Runs until cancelled; cancel it before `close()`.
+        """
+        sync_inbox: zmq.Socket[bytes] = zmq.Socket.shadow(self._inbox)
+        while not self._closed:
+            await self._inbox.poll()
+            for _ in range(DRAIN_LEN):
+                try:
+                    frames = sync_inbox.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                try:
+                    message, payload = decode([frame.buffer for frame in frames[1:]])
+                except WireError as error:
+                    self.counters.malformed += 1
+                    _log.warning("message refused", error=str(error))
+                    continue
+                yield Delivery(message, payload)
+            # A flood must not starve timers and other tasks of this loop.
+            await asyncio.sleep(0)
+
+    async def watch_peers(self) -> None:
+        """Report broken connections until cancelled; a task of the service's group."""
+        while not self._closed:
+            if not self._monitors:
+                self._wake.clear()
+                await self._wake.wait()
+            # A bounded wait, since a monitor that joins while we sleep is not in this poll.
+            for monitor, _ in await self._poller.poll(timeout=100):
+                await self._report(monitor)
+
+    async def _report(self, monitor: zmq.asyncio.Socket) -> None:
+        address = next((a for a, m in self._monitors.items() if m is monitor), None)
+        if address is None:
+            return
+        event = parse_monitor_message(await monitor.recv_multipart())
+        if event["event"] == zmq.EVENT_DISCONNECTED:
+            self.counters.lost_peers += 1
+            _log.info("connection to peer lost", peer=address)
+            for callback in self._lost_callbacks:
+                callback(address)
+        elif address not in self._refused_by:
+            self._refused_by.add(address)
+            _log.error("peer refuses our key; is BATON_CLUSTER_SECRET the same everywhere?", peer=address)
+
+    def close(self) -> None:
+        """Send what is queued for at most a moment, then close every socket. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for address, sock in self._peers.items():
+            sock.disable_monitor()
+            self._monitors[address].close(linger=0)
+            sock.close(linger=LINGER_MS)
+        self._peers.clear()
+        self._monitors.clear()
+        self._inbox.close(linger=0)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.term()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

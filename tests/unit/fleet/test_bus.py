@@ -1,0 +1,100 @@
+"""The bus on real sockets: order, broken peers, locked doors, poison."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+
+import pytest
+import zmq
+
+from fleet.bus import Bus, BusConfig, Delivery
+from fleet.errors import AddressInUse, BusClosed, SettingsError
+from fleet.messages import Cancel
+
+SECRET = "correct horse battery"
+
+
+async def take(bus: Bus, count: int, *, within_s: float = 5.0) -> list[Delivery]:
+    """The next `count` deliveries, or fewer when time runs out."""
+    taken: list[Delivery] = []
+    with suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            async for delivery in bus.receive():
+                taken.append(delivery)
+                if len(taken) == count:
+                    break
+    return taken
+
+
+@pytest.mark.parametrize("secret", ["", SECRET])
+async def test_messages_arrive_in_order_with_their_payload(secret: str) -> None:
+    async with Bus(BusConfig(cluster_secret=secret)) as a, Bus(BusConfig(cluster_secret=secret)) as b:
+        for epoch in range(100):
+            assert a.send(b.address, Cancel(request_id="r", epoch=epoch), [b"page %d" % epoch])
+        taken = await take(b, 100)
+    assert [d.message for d in taken] == [Cancel(request_id="r", epoch=epoch) for epoch in range(100)]
+    assert [bytes(d.payload[0]) for d in taken] == [b"page %d" % epoch for epoch in range(100)]
+
+
+async def test_a_dead_peer_is_reported_within_a_second() -> None:
+    lost: asyncio.Queue[str] = asyncio.Queue()
+    async with Bus(BusConfig()) as a, asyncio.TaskGroup() as tasks:
+        a.on_peer_lost(lost.put_nowait)
+        watcher = tasks.create_task(a.watch_peers())
+        async with Bus(BusConfig()) as b:
+            a.send(b.address, Cancel(request_id="r", epoch=0))
+            assert len(await take(b, 1)) == 1
+        died_s = time.monotonic()
+        async with asyncio.timeout(5):
+            assert await lost.get() == b.address
+        watcher.cancel()
+        assert time.monotonic() - died_s < 1
+
+
+async def test_without_the_secret_nobody_gets_in() -> None:
+    async with (
+        Bus(BusConfig(cluster_secret=SECRET)) as inside,
+        Bus(BusConfig(cluster_secret=SECRET + "!")) as other,
+        Bus(BusConfig()) as bare,
+    ):
+        other.send(inside.address, Cancel(request_id="r", epoch=0))
+        bare.send(inside.address, Cancel(request_id="r", epoch=0))
+        assert await take(inside, 1, within_s=0.5) == []
+
+
+async def test_poison_is_counted_and_the_next_message_arrives() -> None:
+    async with Bus(BusConfig()) as a, Bus(BusConfig()) as b:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as raw:
+            raw.connect(b.address)
+            for frames in ([b""], [b"x", b"y"], [b"BT\x01\x00", b"\xc1"], [b"BT\x63\x00", b"\x80"], [b""] * 5000):
+                raw.send_multipart(frames)
+            a.send(b.address, Cancel(request_id="r", epoch=0))
+            taken = await take(b, 1)
+            deadline = time.monotonic() + 5
+            while b.counters.malformed < 5 and time.monotonic() < deadline:
+                await take(b, 1, within_s=0.05)
+            raw.setsockopt(zmq.LINGER, 0)
+        assert [d.message for d in taken] == [Cancel(request_id="r", epoch=0)]
+        assert b.counters.malformed == 5
+
+
+def test_beyond_loopback_a_secret_is_required() -> None:
+    with pytest.raises(SettingsError, match="BATON_CLUSTER_SECRET"):
+        Bus(BusConfig(bind_host="0.0.0.0"))
+    with pytest.raises(SettingsError, match="shorter"):
+        Bus(BusConfig(cluster_secret="short"))
+
+
+async def test_a_closed_bus_says_so() -> None:
+    bus = Bus(BusConfig())
+    bus.close()
+    bus.close()
+    with pytest.raises(BusClosed):
+        bus.send("tcp://127.0.0.1:9", Cancel(request_id="r", epoch=0))
+
+
+async def test_an_address_that_is_not_ours_is_named() -> None:
+    with pytest.raises(AddressInUse, match="192\\.0\\.2\\.1"):
+        Bus(BusConfig(bind_host="192.0.2.1", cluster_secret=SECRET))
