@@ -25,6 +25,7 @@ from fleet.curve import MIN_SECRET_LEN, CurveKeys
 from fleet.errors import AddressInUse, BusClosed, SettingsError, WireError
 from fleet.logs import get_logger
 from fleet.messages import Message
+from fleet.settings import FleetSettings
 from fleet.wire import MAX_MESSAGE_BYTES, Frame, decode, encode
 
 QUEUE_LEN = 20_000
@@ -69,6 +70,16 @@ class BusConfig:
     advertise_host: str = ""
     cluster_secret: str = ""
     silence_s: float = 3.0
+
+    @classmethod
+    def of(cls, settings: FleetSettings) -> BusConfig:
+        """As a service's settings say."""
+        return cls(
+            bind_host=settings.bind_host,
+            advertise_host=settings.advertise_host,
+            cluster_secret=settings.cluster_secret,
+            silence_s=settings.lease_s,
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -7,12 +7,17 @@ import secrets
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import uvloop
 
 from fleet.errors import BatonError, SettingsError
-from fleet.logs import get_logger
+from fleet.logs import configure, get_logger
+from fleet.service_settings import SERVICES
+from fleet.settings import FleetSettings, load
 from fleet.types import PeerRef
+
+S = TypeVar("S", bound=FleetSettings)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -26,15 +31,20 @@ def new_peer(*, name: str, kind: str, address: str) -> PeerRef:
     return PeerRef(name or f"{kind}-{secrets.token_hex(3)}", secrets.randbits(63), address)
 
 
-def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
-    """Run `main(stop)` on a fresh loop; SIGTERM and SIGINT set `stop`. Returns the process's exit code."""
+def run_from_settings(kind: type[S], serve: Callable[[S, asyncio.Event], Awaitable[None]], *, service: str) -> int:
+    """Read settings, set up logs, and run `serve(settings, stop)`; SIGTERM and SIGINT set `stop`.
+
+    Returns the process's exit code: 0 after an orderly end, 2 for bad settings, 1 for any other failure of ours.
+    """
 
     async def supervised() -> None:
+        settings = load(kind, known=SERVICES)
+        configure(service=service, level=settings.log_level, log_format=settings.log_format)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, stop.set)
-        await main(stop)
+        await serve(settings, stop)
 
     code = EXIT_OK
     try:

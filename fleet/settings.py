@@ -56,28 +56,6 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return self.lease_s / 6
 
 
-class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both kinds of worker need: the model, its numbers, its pages."""
-
-    model: Annotated[str, Meta(description="checkpoint directory or Hugging Face hub id")] = ""
-    served_model_name: Annotated[
-        str, Meta(description="names that clients use, comma-separated; default: the directory's name")
-    ] = ""
-    dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
-    device: Annotated[str, Meta(description="auto, cpu or cuda")] = "auto"
-    threads: Annotated[int, Meta(description="compute threads; 0: all cores", ge=0, le=1024)] = 0
-    page_size: Annotated[int, Meta(description="tokens per page", ge=1, le=1024)] = 16
-    max_model_len: Annotated[int, Meta(description="longest prompt plus output; 0: the model's own", ge=0)] = 0
-    max_num_seqs: Annotated[int, Meta(description="sequences that run at once", ge=1, le=65536)] = 64
-    max_step_tokens: Annotated[int, Meta(description="prompt tokens per prefill step", ge=1)] = 512
-    kv_cache_bytes: Annotated[int, Meta(description="bytes for KV pages; 0: sized from memory", ge=0)] = 0
-    transports: Annotated[str, Meta(description="hand-off transports allowed, comma-separated, best first")] = "shm,tcp"
-    prefix_cache: Annotated[bool, Meta(description="reuse pages of equal prefixes")] = True
-    drain_timeout_s: Annotated[
-        float, Meta(description="grace period after SIGTERM in which running work may leave", ge=0)
-    ] = 30.0
-
-
 S = TypeVar("S", bound=FleetSettings)
 
 
@@ -102,7 +80,7 @@ def load(
 
     Args:
         kind: the settings struct to fill.
-        known: other structs whose fields may also be present, since services share one environment.
+        known: structs whose fields may also be present, since services share one environment and one file.
         environ: variables to read instead of the process environment.
         toml_path: file to read instead of `baton.toml` in the working directory, if that exists.
 

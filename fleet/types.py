@@ -190,6 +190,10 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     started_at_s: float = 0.0
     load: WorkerLoad = WorkerLoad()
 
+    def with_load(self, load: WorkerLoad, *, draining: bool) -> WorkerRecord:
+        """The same record with current figures."""
+        return msgspec.structs.replace(self, load=load, draining=draining)
+
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
     """One alternative: id and natural-log probability under the model's raw distribution."""

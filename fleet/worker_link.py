@@ -76,7 +76,7 @@ class WorkerLink:
         lease_s: float,
         liveness_file: str,
     ) -> None:
-        self._peer = peer
+        self.peer = peer
         self._holder = holder
         self._bus = bus
         self._registry = registry
@@ -95,7 +95,7 @@ class WorkerLink:
     def flush(self) -> None:
         """Send everything queued: one Publication per gateway."""
         for address, events in self._outbox.items():
-            self._bus.send(address, Publication(worker=self._peer, events=events))
+            self._bus.send(address, Publication(worker=self.peer, events=events))
         self._outbox.clear()
 
     def hear_hello(self, hello: GatewayHello) -> None:
@@ -189,8 +189,8 @@ class WorkerLink:
         """Withdraw from registry and gateways, last thing of an orderly end."""
         self.flush()
         for address in self._gateways:
-            self._bus.send(address, Goodbye(peer=self._peer))
+            self._bus.send(address, Goodbye(peer=self.peer))
         try:
-            await self._registry.withdraw_worker(self._peer)
+            await self._registry.withdraw_worker(self.peer)
         except UNAVAILABLE as error:
             _log.warning("could not withdraw, the lease will run out", error=str(error))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fleet.errors import SettingsError
-from fleet.settings import FleetSettings, WorkerSettings, load
+from fleet.service_settings import WorkerSettings
+from fleet.settings import FleetSettings, load
 
 
 def test_variables_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:

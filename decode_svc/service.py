@@ -1,0 +1,127 @@
+"""Builds a decode worker out of its parts and runs it until it is asked to leave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from decode_svc.bank import DecodeBank
+from decode_svc.worker import DecodeWorker
+from engine.assembly import OpenModel, open_model
+from engine.decode_scheduler import DecodeScheduler
+from engine.limits import DecodeLimits
+from engine.step_loop import StepLoop
+from fleet.bus import Bus, BusConfig
+from fleet.lifecycle import new_peer
+from fleet.model_files import ModelFiles
+from fleet.redis_client import connect
+from fleet.registry import Registry
+from fleet.service_settings import DecodeSettings
+from fleet.types import PeerRef, Role, WorkerRecord
+from fleet.worker_link import WorkerLink
+from fleet.worker_metrics import WorkerMetrics
+from fleet.worker_run import run_worker
+from kvtransfer.endpoint import EndpointConfig, HandOffEndpoint
+from kvtransfer.host import host_identity
+from kvtransfer.layout import PageLayout
+from kvtransfer.limits import HandOffLimits
+from kvtransfer.region import PoolRegion, shared_room_bytes, sweep_stale
+from kvtransfer.shm import ShmTransport
+from kvtransfer.transports import build_transports
+
+CLOSE_HAND_OFFS_S = 2.0
+
+
+async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
+    """Run one decode worker until `stop` is set, then drain and leave.
+
+    Raises:
+        BatonError: it cannot start.
+    """
+    sweep_stale()
+    shared = ShmTransport.name in settings.transport_names
+    ceiling_bytes = shared_room_bytes() if shared else None
+    opened = await asyncio.to_thread(open_model, settings, ceiling_bytes=ceiling_bytes)
+    plan = opened.plan
+    region = PoolRegion.create(settings.name, num_pages=plan.num_pages, page_bytes=plan.page_bytes, shared=shared)
+    try:
+        async with Bus(BusConfig.of(settings)) as bus:
+            peer = new_peer(name=settings.name, kind="decode", address=bus.address)
+            await _run(settings, stop, opened, region, bus, peer)
+    finally:
+        region.unlink()
+        region.close()
+
+
+async def _run(
+    settings: DecodeSettings, stop: asyncio.Event, opened: OpenModel, region: PoolRegion, bus: Bus, peer: PeerRef
+) -> None:
+    fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
+    engine = opened.over(region.buffer, fingerprint)
+    limits = DecodeLimits(
+        max_model_len=opened.plan.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        lookahead_tokens=settings.lookahead_tokens,
+        watermark_pages=settings.watermark_pages,
+    )
+    scheduler = DecodeScheduler(engine.pool, engine.cache, limits)
+    transports = build_transports(settings.transport_names, region)
+    record = WorkerRecord(
+        peer=peer,
+        role=Role.DECODE,
+        model=opened.names[0],
+        aliases=opened.names[1:],
+        fingerprint=fingerprint,
+        model_files=opened.files[0],
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        page_size=opened.plan.page_size,
+        num_pages=opened.plan.num_pages,
+        host=host_identity(),
+        pid=os.getpid(),
+        transports=tuple(transports),
+        started_at_s=time.time(),
+    )
+    worker = DecodeWorker(record=record, engine=engine, scheduler=scheduler, metrics=WorkerMetrics())
+    steps = StepLoop(scheduler, engine.runner, on_step=worker.on_step, on_scheduled=worker.on_scheduled)
+    endpoint = HandOffEndpoint(
+        EndpointConfig(
+            peer=peer,
+            region=region,
+            fingerprint=fingerprint,
+            bank=DecodeBank(scheduler, on_adopted=worker.on_adopted, on_rejected=worker.on_rejected),
+            transports=transports,
+            send=bus.send,
+            events=worker,
+            limits=HandOffLimits(liveness_s=settings.hand_off_liveness_s),
+        )
+    )
+    bus.on_peer_lost(endpoint.on_peer_lost)
+    redis = connect(settings.redis_url)
+    link = WorkerLink(
+        peer=peer,
+        holder=worker,
+        bus=bus,
+        registry=Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s),
+        files=ModelFiles(redis, namespace=settings.namespace),
+        published=opened.files,
+        lease_s=settings.lease_s,
+        liveness_file=settings.liveness_file,
+    )
+    worker.endpoint, worker.link = endpoint, link
+    worker.wake, worker.ask_to_stop = steps.wake, stop.set
+    try:
+        await run_worker(
+            worker,
+            bus=bus,
+            link=link,
+            stop=stop,
+            drain_timeout_s=settings.drain_timeout_s,
+            parts=(steps.run(), endpoint.run()),
+            close_hand_offs=lambda: endpoint.close(CLOSE_HAND_OFFS_S),
+        )
+    finally:
+        for transport in transports.values():
+            transport.close()
+        await redis.aclose()

@@ -1,0 +1,266 @@
+"""A decode worker's conduct: what it does with each message, each step and each hand-off's news."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from engine.assembly import Engine
+from engine.decode_scheduler import DecodeScheduler
+from engine.errors import AlreadyFinished, EngineError
+from engine.plan import StepPlan
+from engine.progress import StepProgress
+from engine.sequence import Sequence
+from fleet.bus import Delivery
+from fleet.logs import get_logger
+from fleet.messages import (
+    Cancel,
+    DrainRequest,
+    GatewayHello,
+    Goodbye,
+    HandedOff,
+    Heartbeat,
+    MetricFamily,
+    PrefillRequest,
+    Publication,
+    RequestFinished,
+    RequestNote,
+    Returned,
+    TokenChunk,
+)
+from fleet.metrics import snapshot
+from fleet.types import FinishReason, Passport, PeerRef, WorkerLoad, WorkerRecord
+from fleet.worker_link import WorkerLink
+from fleet.worker_metrics import WorkerMetrics
+from kvtransfer.actions import (
+    Adopted,
+    Committing,
+    Given,
+    GrantClosed,
+    Granted,
+    HandOffFailed,
+    PeerLost,
+    TargetRefused,
+)
+from kvtransfer.endpoint import HandOffEndpoint
+
+_log = get_logger("decode")
+
+
+class DecodeWorker:
+    """Joins scheduler and hand-offs. Everything happens on the event loop's thread, nothing here waits.
+
+    Implements `kvtransfer.events.HandOffEvents`. The service sets `link`, `endpoint`, `wake` and
+    `ask_to_stop`: the ways to the gateways, to the hand-offs, to the step loop and out.
+    """
+
+    def __init__(
+        self,
+        *,
+        record: WorkerRecord,
+        engine: Engine,
+        scheduler: DecodeScheduler,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._record = record
+        self._engine = engine
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._draining = False
+        self._idle = asyncio.Event()
+        self.link: WorkerLink
+        self.endpoint: HandOffEndpoint
+        self.wake: Callable[[], None]
+        self.ask_to_stop: Callable[[], None]
+
+    # messages
+
+    def handle(self, delivery: Delivery) -> None:
+        """Act on one message; what is not for a decode worker is dropped."""
+        match delivery.message:
+            case Cancel(request_id=request_id, epoch=epoch):
+                self._forget(request_id, epoch)
+            case GatewayHello() as hello:
+                self.link.hear_hello(hello)
+            case DrainRequest(reason=reason):
+                _log.info("asked to drain", reason=reason)
+                self.ask_to_stop()
+            case Publication() | Heartbeat() | Goodbye() | PrefillRequest():
+                _log.warning("message for another role came here", kind=type(delivery.message).__name__)
+            case message:
+                self.endpoint.on_message(message, delivery.payload)
+        self.link.flush()
+
+    def _forget(self, request_id: str, epoch: int) -> None:
+        self._scheduler.abort(request_id, epoch)
+        self.endpoint.cancel(request_id, epoch)
+        self._look_if_idle()
+        # A sequence that waits alone for pages may have them now.
+        self.wake()
+
+    @property
+    def _num_held(self) -> int:
+        """Sequences here or on their way here."""
+        return self._scheduler.num_running + self._scheduler.num_paused + self._scheduler.num_reserved
+
+    def _look_if_idle(self) -> None:
+        if not self._num_held:
+            self._idle.set()
+
+    # steps
+
+    def on_scheduled(self, plan: StepPlan | None) -> None:
+        """Before a step: whoever lost its pages goes back to its gateway, to be replayed."""
+        del plan
+        for sequence in self._scheduler.take_returned():
+            _log.info("out of pages, sequence goes back", request_id=sequence.request_id)
+            self._return(sequence, "out_of_pages")
+        self.link.flush()
+
+    def _return(self, sequence: Sequence, reason: str) -> None:
+        self._metrics.returned.labels(reason).inc()
+        event = Returned(request_id=sequence.request_id, epoch=sequence.epoch, reason=reason)
+        self.link.publish(sequence.passport.gateway, event)
+
+    def on_step(self, plan: StepPlan, progress: StepProgress, step_s: float) -> None:
+        """After a step: send each sequence's token, and its end if that was the last."""
+        self._metrics.step_seconds.observe(step_s)
+        self._metrics.computed_tokens.inc(plan.num_tokens)
+        for row in progress.rows:
+            sequence = row.sequence
+            gateway = sequence.passport.gateway
+            if row.sampled is not None:
+                self._metrics.sampled_tokens.inc()
+                logprob = row.sampled.logprob
+                chunk = TokenChunk(
+                    request_id=sequence.request_id,
+                    epoch=sequence.epoch,
+                    index=row.index,
+                    token_ids=[row.sampled.token_id],
+                    logprobs=None if logprob is None else [logprob],
+                )
+                self.link.publish(gateway, chunk)
+            if row.finish is not None:
+                finished = RequestFinished(
+                    request_id=sequence.request_id,
+                    epoch=sequence.epoch,
+                    reason=row.finish,
+                    num_output_tokens=sequence.num_output_tokens,
+                    error=row.error,
+                )
+                self.link.publish(gateway, finished)
+        self._look_if_idle()
+        self.link.flush()
+
+    # hand-offs
+
+    def on_adopted(self, sequence: Sequence) -> None:
+        """A sequence starts here: its gateway learns who holds it now."""
+        event = HandedOff(request_id=sequence.request_id, epoch=sequence.epoch)
+        self.link.publish(sequence.passport.gateway, event)
+        self.wake()
+
+    def on_rejected(self, passport: Passport, error: EngineError) -> None:
+        """A sequence was handed off that needs no further token, or that does not fit its pages."""
+        whole = isinstance(error, AlreadyFinished)
+        if not whole:
+            _log.error("handed-off sequence cannot start", request_id=passport.request_id, error=str(error))
+        finished = RequestFinished(
+            request_id=passport.request_id,
+            epoch=passport.epoch,
+            reason=error.reason if isinstance(error, AlreadyFinished) else FinishReason.ERROR,
+            num_output_tokens=passport.next_index,
+            error=None if whole else "the hand-off of this request went wrong",
+        )
+        self.link.publish(passport.gateway, finished)
+
+    def granted(self, news: Granted) -> None:
+        """Never heard: this worker gives nothing."""
+        raise AssertionError(news)
+
+    def committing(self, news: Committing) -> None:
+        """Never heard, likewise."""
+        raise AssertionError(news)
+
+    def given(self, news: Given) -> None:
+        """Never heard, likewise."""
+        raise AssertionError(news)
+
+    def failed(self, news: HandOffFailed) -> None:
+        """Never heard, likewise."""
+        raise AssertionError(news)
+
+    def target_refused(self, news: TargetRefused) -> None:
+        """Never heard, likewise."""
+        raise AssertionError(news)
+
+    def release_pages(self, request_id: str, epoch: int) -> None:
+        """Never heard, likewise."""
+        raise AssertionError(request_id, epoch)
+
+    def adopted(self, news: Adopted) -> None:
+        """A sequence is ours; `on_adopted` has started it."""
+        self._metrics.hand_offs.labels(news.transport, "taken").inc()
+
+    def grant_closed(self, news: GrantClosed) -> None:
+        """A granted sequence will not come."""
+        self._metrics.hand_offs.labels("none", "closed").inc()
+        _log.info("grant closed", request_id=news.request_id, reason=news.reason, quarantined=news.quarantined)
+        self._look_if_idle()
+        self.wake()
+
+    def peer_lost(self, news: PeerLost) -> None:
+        """A giver is gone; its grants are closed."""
+        _log.info("hand-off peer lost", peer=news.peer.name, reason=news.reason)
+
+    # the link's questions
+
+    def record(self) -> WorkerRecord:
+        """Registry record with current load."""
+        pool = self._engine.pool
+        load = WorkerLoad(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_reserved,
+            total_pages=pool.num_pages,
+            free_pages=pool.num_free,
+            cached_pages=pool.num_cached,
+            quarantined_pages=pool.num_quarantined,
+        )
+        self._metrics.show_load(load)
+        self._metrics.show_prefix_cache(self._engine.cache.query_tokens, self._engine.cache.hit_tokens)
+        return self._record.with_load(load, draining=self._draining)
+
+    def notes(self) -> Iterable[tuple[PeerRef, RequestNote]]:
+        """Every request held, with its gateway."""
+        for sequence in self._scheduler.sequences():
+            note = RequestNote(sequence.request_id, sequence.epoch, sequence.num_output_tokens)
+            yield sequence.passport.gateway, note
+
+    def metrics(self) -> list[MetricFamily]:
+        """A snapshot."""
+        return snapshot(self._metrics.registry)
+
+    def gateway_lost(self, gateway: PeerRef) -> None:
+        """Free everything that a gone gateway owned."""
+        owned = [s for s in self._scheduler.sequences() if s.passport.gateway == gateway]
+        for sequence in owned:
+            self._forget(sequence.request_id, sequence.epoch)
+
+    # leaving
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, let running sequences end within the grace period, and give the rest back for replay."""
+        self._draining = True
+        self.endpoint.drain()
+        self.link.beat_now()
+        self._idle.clear()
+        if self._num_held:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                _log.warning("grace period is over", num_left=self._num_held)
+        for sequence in list(self._scheduler.sequences()):
+            self._return(sequence, "draining")
+            self._forget(sequence.request_id, sequence.epoch)
+        self.link.flush()

@@ -1,0 +1,1 @@
+"""Token ids in, token ids out: model, kernels, paged KV, schedulers, sampler."""

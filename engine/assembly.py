@@ -1,0 +1,167 @@
+"""Puts an engine together: model from disk, pool sized from memory, then the parts that share that pool.
+
+In two steps, since the memory of the pool belongs to whoever hands pages off: `open_model` says how much is wanted,
+`OpenModel.over` lays the engine over the memory that was made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.hub import resolve_model
+from engine.kv_pool import allocate_pool, kv_page_bytes, pool_over
+from engine.load import LoadedModel, load_model
+from engine.memory import PoolPlan, available_memory_bytes, plan_pool
+from engine.pages import PagePool
+from engine.prefix_cache import PrefixCache
+from engine.runner import ModelRunner
+from fleet import model_files
+from fleet.errors import SettingsError
+from fleet.logs import get_logger
+from fleet.service_settings import WorkerSettings
+from fleet.types import Fingerprint
+
+CPU_FRACTION = 0.2
+GPU_FRACTION = 0.85
+"""Share of the free memory that a pool takes: a CPU worker has neighbours, a GPU is one worker's own."""
+
+_log = get_logger("assembly")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The parts that share one pool. `page_bytes` is the size of one page."""
+
+    page_bytes: int
+    pool: PagePool
+    cache: PrefixCache
+    runner: ModelRunner
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A loaded model and the plan for its pool.
+
+    Attributes:
+        names: served name first, then its aliases.
+        files: digest and content of the small files that gateways need.
+    """
+
+    settings: WorkerSettings
+    model: LoadedModel
+    plan: PoolPlan
+    names: tuple[str, ...]
+    files: tuple[str, dict[str, bytes]]
+
+    @property
+    def page_facts(self) -> dict[str, Any]:
+        """What a page is made of, as `kvtransfer.layout.PageLayout` takes it."""
+        config = self.model.config
+        return {
+            "num_layers": config.num_layers,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "page_size": self.plan.page_size,
+            "dtype": self.model.dtype_name,
+        }
+
+    def over(self, memory: memoryview | None, fingerprint: Fingerprint) -> Engine:
+        """Lay pool, prefix cache and runner over `memory` (None: the device's own), which must outlive them."""
+        config, plan = self.model.config, self.plan
+        if memory is None:
+            tensor = allocate_pool(
+                config=config,
+                num_pages=plan.num_pages,
+                page_size=plan.page_size,
+                dtype=self.model.dtype,
+                device=self.model.device,
+            )
+        else:
+            tensor = pool_over(
+                memory,
+                config=config,
+                num_pages=plan.num_pages,
+                page_size=plan.page_size,
+                dtype=self.model.dtype,
+            )
+        pool = PagePool(plan.num_pages, plan.page_size)
+        cache = PrefixCache(pool, fingerprint, enabled=self.settings.prefix_cache)
+        return Engine(plan.page_bytes, pool, cache, ModelRunner(self.model, tensor, plan.page_size))
+
+
+def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenModel:
+    """Load the model and plan the pool. Blocking, for seconds or minutes.
+
+    Args:
+        settings: of the worker.
+        ceiling_bytes: what the pool's memory can hold at most, e.g. the room in `/dev/shm`.
+
+    Raises:
+        SettingsError: no model is set, or the pool does not fit.
+        ModelError: the checkpoint is missing or not supported.
+    """
+    if not settings.model:
+        raise SettingsError("BATON_MODEL is not set: a checkpoint directory or a Hugging Face hub id")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    directory = resolve_model(settings.model)
+    device = _resolve_device(settings.device)
+    loaded = load_model(directory, settings.dtype, device)
+    plan = plan_pool(
+        page_bytes=kv_page_bytes(loaded.config, settings.page_size, loaded.dtype),
+        page_size=settings.page_size,
+        max_model_len=_model_len(settings, loaded),
+        max_num_seqs=settings.max_num_seqs,
+        available_bytes=_available_bytes(loaded.device),
+        fraction=CPU_FRACTION if loaded.device.type == "cpu" else GPU_FRACTION,
+        kv_cache_bytes=settings.kv_cache_bytes or None,
+        ceiling_bytes=ceiling_bytes,
+    )
+    files = model_files.read(directory)
+    _log.info(
+        "model loaded",
+        model=settings.model,
+        dtype=loaded.dtype_name,
+        device=str(loaded.device),
+        weight_mib=round(loaded.weight_bytes / 2**20, 1),
+        load_s=round(loaded.load_s, 2),
+        threads=torch.get_num_threads(),
+        pool=plan.sentence,
+    )
+    return OpenModel(settings, loaded, plan, _served_names(settings, directory), (model_files.digest_of(files), files))
+
+
+def _resolve_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise SettingsError(f"BATON_DEVICE = {name!r}: auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"BATON_DEVICE = {name}, but torch sees no CUDA device")
+    return name
+
+
+def _model_len(settings: WorkerSettings, loaded: LoadedModel) -> int:
+    longest = loaded.config.max_position_embeddings
+    if settings.max_model_len > longest:
+        raise SettingsError(
+            f"BATON_MAX_MODEL_LEN = {settings.max_model_len}, but the model is made for {longest} tokens"
+        )
+    return settings.max_model_len or longest
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory_bytes()
+
+
+def _served_names(settings: WorkerSettings, directory: Path) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in settings.served_model_name.split(",") if name.strip())
+    if names:
+        return names
+    return (directory.resolve().name if Path(settings.model).is_dir() else settings.model,)

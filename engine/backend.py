@@ -1,0 +1,91 @@
+"""The operations of a forward pass that a device may do in its own way, and how plain torch does them.
+
+This is the seam for Triton kernels (`engine.kernels`) and for packed CPU weights: another `Backend` replaces any of the
+methods below and nothing else changes. `TorchBackend` runs on every device and is the specification of the others.
+
+Letters: T tokens of the step, Hq query heads, Hkv key/value heads, D head_dim, P page_size, N pages, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from engine.attention import attend
+from engine.inputs import AttentionInputs, StepInputs
+
+Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
+
+
+class Backend(Protocol):
+    """What `engine.transformer` asks for, layer by layer. All tensors are of the model's dtype unless said."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """Take over a matrix `[out, in]` at load time and return its product; the place to pack weights.
+
+        The caller drops its own reference, so a packed copy need not double the memory.
+        """
+
+    def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root-mean-square norm over the last axis (arXiv 1910.07467), new memory."""
+
+    def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up` of `[T, 2 * I]`, `[T, I]`. May overwrite its argument."""
+
+    def write_pages(self, layer: torch.Tensor, keys_values: torch.Tensor, inputs: StepInputs) -> None:
+        """Store this step's keys and values in their slots. Mutates `layer`.
+
+        Args:
+            layer: [N, 2, Hkv, P, D], one layer's share of the pool, pages strided.
+            keys_values: [T, 2, Hkv, D].
+            inputs: names the slots.
+        """
+
+    def attention(
+        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs
+    ) -> torch.Tensor:
+        """Causal attention of each token over its own sequence, this step's tokens included.
+
+        Args:
+            queries: [T, Hq, D], rotated.
+            keys_values: [T, 2, Hkv, D], as already written to pages.
+            layer: [N, 2, Hkv, P, D].
+            inputs: rows and page tables for this layer's window.
+
+        Returns:
+            [T, Hq * D].
+        """
+
+
+class TorchBackend:
+    """Every operation in plain torch."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """The product by `torch.nn.functional.linear`; weights stay as they are."""
+
+        def product(hidden: torch.Tensor) -> torch.Tensor:
+            return functional.linear(hidden, weight, bias)
+
+        return product
+
+    def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """By torch's own operator."""
+        return functional.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+
+    def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """In two elementwise passes."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def write_pages(self, layer: torch.Tensor, keys_values: torch.Tensor, inputs: StepInputs) -> None:
+        """One scatter over both."""
+        layer[inputs.page_ids, :, :, inputs.offsets] = keys_values
+
+    def attention(
+        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs
+    ) -> torch.Tensor:
+        """See `engine.attention`."""
+        return attend(queries, keys_values, layer, inputs)

@@ -1,0 +1,250 @@
+"""The one translator from a step plan to tensors: ids, positions, slots, page tables, attention rows.
+
+Letters: T tokens of the step, P page_size, B rows of a decode group, n pages of its longest row, S = n * P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.plan import Row
+
+# A decode group's keys and values are gathered into one buffer before attention. One that fits the caches is read
+# back from there; past this size, rows of their own are faster than a batch (measured on a 2 MB-L2 server core).
+GROUP_BYTES = 6 * 2**20
+# A shorter row in a group is padded to the longest: more than this share of padding costs more than a further call.
+_MAX_PADDING = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Rows of one new token each that attend together, padded to the longest.
+
+    Attributes:
+        tokens: [B] int64, index of each row's token among T.
+        page_ids: [B * n] int64, pages that hold what a row may see; padding repeats a page of the row itself.
+        visible: [B, 1, 1, S] bool, or None where B is 1 and `first`/`end` say it.
+        hidden_rows, hidden_slots: [M] int64, where `visible` is false: what lies there is not the row's and may be
+            anything, NaN included, so it is zeroed in the gathered copy.
+        first, end: slots `[first, end)` of the gathered pages are visible, where B is 1.
+    """
+
+    tokens: torch.Tensor
+    page_ids: torch.Tensor
+    visible: torch.Tensor | None
+    hidden_rows: torch.Tensor | None
+    hidden_slots: torch.Tensor | None
+    first: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Several consecutive tokens of one sequence.
+
+    Attributes:
+        begin, end: the tokens `[begin, end)` among T.
+        start: position of the first one.
+        page_ids: [n] int64, pages from the one that holds position `first_position`; None where `start` is 0, when
+            all keys are in this step's own tensors.
+        first_position: position that the first gathered slot holds, a multiple of P.
+        window: how many latest tokens a query sees, None for all.
+    """
+
+    begin: int
+    end: int
+    start: int
+    page_ids: torch.Tensor | None
+    first_position: int
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """Who attends to what, for all layers of one window. Every token of the step is in exactly one of both."""
+
+    groups: tuple[DecodeGroup, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Everything that one forward pass reads besides weights and pages.
+
+    Attributes:
+        token_ids, positions: [T] int64.
+        rope_lengths: [T] int64, the length that a token's rotary base follows: the prompt's for a token of the
+            prompt, else the length that ends with the token.
+        page_ids, offsets: [T] int64, the slot that takes each token's keys and values.
+        attention: by window.
+        sampled_tokens: [R] int64, index among T of the last token of each sampling row.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    rope_lengths: torch.Tensor
+    page_ids: torch.Tensor
+    offsets: torch.Tensor
+    attention: dict[int | None, AttentionInputs]
+    sampled_tokens: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class InputShape:
+    """What translation needs to know of model and pool: page size, windows in use, bytes per token and layer."""
+
+    page_size: int
+    windows: tuple[int | None, ...]
+    layer_token_bytes: int
+    device: torch.device
+
+
+def build_inputs(rows: Many[Row], shape: InputShape) -> StepInputs:
+    """Translate rows in order.
+
+    Requires: at least one row, counts of at least 1, page tables that cover `start + count` tokens (`row_error` says).
+    """
+    counts = np.array([row.count for row in rows])
+    ends = np.cumsum(counts)
+    begins = ends - counts
+    token_ids = np.concatenate([row.sequence.token_ids[row.start : row.start + row.count] for row in rows])
+    positions = np.concatenate([np.arange(row.start, row.start + row.count) for row in rows])
+    tables = [_table(row, shape.page_size) for row in rows]
+    pages = [
+        table[positions[begin:end] // shape.page_size] for table, begin, end in zip(tables, begins, ends, strict=True)
+    ]
+    prompt_lens = np.repeat([row.sequence.prompt_len for row in rows], counts)
+    sampling = np.array([row.sample for row in rows])
+    return StepInputs(
+        token_ids=_tensor(token_ids, shape),
+        positions=_tensor(positions, shape),
+        rope_lengths=_tensor(np.maximum(prompt_lens, positions + 1), shape),
+        page_ids=_tensor(np.concatenate(pages), shape),
+        offsets=_tensor(positions % shape.page_size, shape),
+        attention={window: _attention_inputs(rows, tables, begins.tolist(), window, shape) for window in shape.windows},
+        sampled_tokens=_tensor(ends[sampling] - 1, shape),
+    )
+
+
+def row_error(row: Row, *, vocab_size: int, page_size: int, num_pages: int) -> str | None:
+    """Why this row cannot be computed, as a sentence, or None. A bad row is left out so that others go on."""
+    ids = row.sequence.token_ids[row.start : row.start + row.count]
+    if row.count < 1 or len(ids) != row.count:
+        return f"tokens {row.start} to {row.start + row.count} are not in a sequence of {len(row.sequence.token_ids)}"
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        worst = next(token for token in ids if not 0 <= token < vocab_size)
+        return f"token id {worst} is outside the vocabulary of {vocab_size}"
+    table = row.sequence.page_table[: _pages_for(row.start + row.count, page_size)]
+    if len(table) * page_size < row.start + row.count:
+        return f"{len(table)} pages do not hold {row.start + row.count} tokens"
+    if min(table) < 0 or max(table) >= num_pages:
+        return f"the page table leaves the pool of {num_pages} pages"
+    return None
+
+
+def _attention_inputs(
+    rows: Many[Row], tables: list[np.ndarray], begins: list[int], window: int | None, shape: InputShape
+) -> AttentionInputs:
+    """Single tokens into groups, longer rows into chunks."""
+    chunks: list[Chunk] = []
+    singles: list[_Single] = []
+    for row, table, begin in zip(rows, tables, begins, strict=True):
+        end_position = row.start + row.count
+        first_seen = 0 if window is None else max(0, row.start + 1 - window)
+        first_page = first_seen // shape.page_size
+        if row.count == 1:
+            offset = first_page * shape.page_size
+            singles.append(_Single(begin, table[first_page:], first_seen - offset, end_position - offset))
+            continue
+        chunks.append(
+            Chunk(
+                begin=begin,
+                end=begin + row.count,
+                start=row.start,
+                page_ids=_tensor(table[first_page:], shape) if row.start else None,
+                first_position=first_page * shape.page_size,
+                window=window if window is not None and window < end_position else None,
+            )
+        )
+    return AttentionInputs(groups=tuple(_groups(singles, shape)), chunks=tuple(chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Single:
+    """A row of one token: its index, the pages it sees, and which of their slots."""
+
+    token: int
+    pages: np.ndarray
+    first: int
+    end: int
+
+
+def _groups(singles: list[_Single], shape: InputShape) -> list[DecodeGroup]:
+    """Batch rows of like length while padding and buffer stay small."""
+    groups: list[DecodeGroup] = []
+    waiting: list[_Single] = []
+    used = 0
+    for single in sorted(singles, key=lambda one: len(one.pages), reverse=True):
+        if waiting:
+            longest = len(waiting[0].pages)
+            slots = (len(waiting) + 1) * longest
+            too_big = slots * shape.page_size * shape.layer_token_bytes > GROUP_BYTES
+            too_loose = (slots - used - len(single.pages)) > _MAX_PADDING * slots + len(waiting)
+            if too_big or too_loose:
+                groups.append(_group(waiting, shape))
+                waiting, used = [], 0
+        waiting.append(single)
+        used += len(single.pages)
+    if waiting:
+        groups.append(_group(waiting, shape))
+    return groups
+
+
+def _group(singles: list[_Single], shape: InputShape) -> DecodeGroup:
+    """Pad to the longest, which comes first."""
+    num_pages = len(singles[0].pages)
+    tokens = _tensor(np.array([single.token for single in singles]), shape)
+    if len(singles) == 1:
+        (single,) = singles
+        return DecodeGroup(tokens, _tensor(single.pages, shape), None, None, None, first=single.first, end=single.end)
+    table = np.empty((len(singles), num_pages), dtype=np.int64)
+    for at, single in enumerate(singles):
+        table[at, : len(single.pages)] = single.pages
+        table[at, len(single.pages) :] = single.pages[0]
+    slots = np.arange(num_pages * shape.page_size)
+    firsts = np.array([single.first for single in singles])[:, None]
+    ends = np.array([single.end for single in singles])[:, None]
+    visible = (slots >= firsts) & (slots < ends)
+    hidden_rows, hidden_slots = np.nonzero(~visible)
+    return DecodeGroup(
+        tokens=tokens,
+        page_ids=_tensor(table.reshape(-1), shape),
+        visible=torch.from_numpy(visible).to(shape.device)[:, None, None, :],
+        hidden_rows=_tensor(hidden_rows, shape),
+        hidden_slots=_tensor(hidden_slots, shape),
+        first=0,
+        end=num_pages * shape.page_size,
+    )
+
+
+def _table(row: Row, page_size: int) -> np.ndarray:
+    """The pages that cover the row's tokens, earlier ones included."""
+    needed = _pages_for(row.start + row.count, page_size)
+    return np.array(row.sequence.page_table[:needed], dtype=np.int64)
+
+
+def _pages_for(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
+
+
+def _tensor(array: np.ndarray, shape: InputShape) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(shape.device)

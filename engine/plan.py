@@ -1,0 +1,63 @@
+"""What a scheduler asks of a runner, and what it gets back: the only words between integers and tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.sequence import Sequence
+from fleet.types import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Compute `token_ids[start : start + count]` of one sequence; sample after the last one if `sample`.
+
+    The sequence's page table covers `start + count` tokens when the plan is made.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of the model: rows of different sequences, in batch order."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model in this step."""
+        return sum(row.count for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A chosen token; `logprob` only if the sequence asked for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """This row alone could not be computed or sampled; the message says why in one sentence for the client."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """As long as the plan's rows; None where a row did not sample, `Failed` where it must end with an error."""
+
+    sampled: tuple[Sampled | Failed | None, ...]
+
+
+class Runner(Protocol):
+    """Turns a plan into sampled tokens, writing keys and values into the pages that the plan's sequences name."""
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Run one step. Blocking; called on the step thread only. Does not mutate sequences."""

@@ -1,0 +1,107 @@
+"""The tensor side of a step: plan in, sampled tokens out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from engine.inputs import InputShape, StepInputs, build_inputs, row_error
+from engine.kv_pool import page_shape
+from engine.load import LoadedModel
+from engine.plan import Failed, Row, Sampled, StepOutput, StepPlan
+from engine.sampler import sample
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Where the time of one step went."""
+
+    inputs_s: float
+    forward_s: float
+    sample_s: float
+    num_tokens: int
+
+
+class ModelRunner:
+    """Runs step plans of one model over one pool. Implements `engine.plan.Runner`.
+
+    Not thread-safe: one step at a time, all on the step thread. Mutates pages that the plan's rows name, nothing else.
+
+    Attributes:
+        last_timing: of the latest step, None before the first.
+    """
+
+    def __init__(self, model: LoadedModel, pool: torch.Tensor, page_size: int) -> None:
+        expected = page_shape(model.config, page_size)
+        if tuple(pool.shape[1:]) != expected or pool.dtype != model.dtype:
+            raise ValueError(f"pool pages are {list(pool.shape[1:])} {pool.dtype}, not {list(expected)} {model.dtype}")
+        self._model = model
+        self._pool = pool
+        self._page_size = page_size
+        self._input_shape = InputShape(
+            page_size=page_size,
+            windows=tuple(dict.fromkeys(model.config.layer_windows)),
+            layer_token_bytes=2 * model.config.num_kv_heads * model.config.head_dim * model.dtype.itemsize,
+            device=model.device,
+        )
+        self.last_timing: StepTiming | None = None
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Run one step; blocking. A bad row yields `Failed` for itself and leaves the others as they would be."""
+        began_s = time.perf_counter()
+        results: list[Sampled | Failed | None] = [None] * len(plan.rows)
+        good: list[int] = []
+        for at, row in enumerate(plan.rows):
+            problem = self._row_error(row)
+            if problem is None:
+                good.append(at)
+            else:
+                results[at] = Failed(problem)
+        if not good:
+            return StepOutput(tuple(results))
+        rows = [plan.rows[at] for at in good]
+        inputs = build_inputs(rows, self._input_shape)
+        built_s = time.perf_counter()
+        logits = self.forward(inputs)
+        forwarded_s = time.perf_counter()
+        sampling = [at for at in good if plan.rows[at].sample]
+        if sampling:
+            with torch.inference_mode():
+                chosen = sample(logits, [plan.rows[at].sequence for at in sampling])
+            for at, result in zip(sampling, chosen, strict=True):
+                results[at] = result
+        self.last_timing = StepTiming(
+            inputs_s=built_s - began_s,
+            forward_s=forwarded_s - built_s,
+            sample_s=time.perf_counter() - forwarded_s,
+            num_tokens=sum(row.count for row in rows),
+        )
+        return StepOutput(tuple(results))
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits of the sampling rows, `[R, V]` float32; writes pages. R may be 0.
+
+        A captured graph would replace this call for the shapes that it was captured for.
+        """
+        transformer = self._model.transformer
+        hidden = transformer.hidden_states(inputs, self._pool)
+        return transformer.logits(hidden[inputs.sampled_tokens])
+
+    @torch.inference_mode()
+    def hidden_states(self, plan: StepPlan) -> torch.Tensor:
+        """Final hidden states of all the plan's tokens, `[T, E]` before the final norm; writes pages.
+
+        For uses that need vectors and not tokens. Requires: every row is sound.
+        """
+        return self._model.transformer.hidden_states(build_inputs(plan.rows, self._input_shape), self._pool)
+
+    def _row_error(self, row: Row) -> str | None:
+        return row_error(
+            row,
+            vocab_size=self._model.config.vocab_size,
+            page_size=self._page_size,
+            num_pages=self._pool.shape[0],
+        )

@@ -1,0 +1,110 @@
+"""The forward pass of a dense decoder: token ids in, hidden states and logits out, keys and values into pages.
+
+Letters: T tokens of the step, R rows that sample, V vocab_size, E hidden_size, Hq query heads, Hkv key/value heads,
+D head_dim, I intermediate_size, N pages, P page_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from engine.backend import Backend, Linear
+from engine.inputs import StepInputs
+from engine.model_config import ModelConfig
+from engine.rope import Rotary, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block's parameters, matrices already taken over by the backend.
+
+    Attributes:
+        qkv: [T, E] -> [T, (Hq + 2 * Hkv) * D], queries first.
+        output: [T, Hq * D] -> [T, E].
+        gate_up: [T, E] -> [T, 2 * I], gates first.
+        down: [T, I] -> [T, E].
+        attention_norm, mlp_norm: [E].
+        query_norm, key_norm: [D], or None.
+        window: how many latest tokens a query sees, None for all.
+    """
+
+    qkv: Linear
+    output: Linear
+    gate_up: Linear
+    down: Linear
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """A whole model. Holds no state between calls: all context is in the pages.
+
+    Attributes:
+        embedding: [V, E].
+        final_norm: [E].
+        lm_head: [R, E] -> [R, V].
+    """
+
+    config: ModelConfig
+    backend: Backend
+    embedding: torch.Tensor
+    layers: tuple[Layer, ...]
+    final_norm: torch.Tensor
+    lm_head: Linear
+    rotary: Rotary
+
+    def hidden_states(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+        """Run all layers over the step's tokens.
+
+        Args:
+            inputs: of T tokens.
+            pool: [N, layers, 2, Hkv, P, D]; mutated in the slots that `inputs` names.
+
+        Returns:
+            [T, E] before the final norm.
+        """
+        hidden = functional.embedding(inputs.token_ids, self.embedding)
+        cos, sin = self.rotary.cos_sin(inputs.positions, inputs.rope_lengths, hidden.dtype)
+        for index, layer in enumerate(self.layers):
+            attended = self._attention(layer, hidden, pool[:, index], inputs, (cos, sin))
+            hidden = hidden + attended
+            normed = self.backend.rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)
+            hidden = hidden + layer.down(self.backend.gated_silu(layer.gate_up(normed)))
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and vocabulary head, `[R, E]` -> `[R, V]` float32."""
+        normed = self.backend.rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+        return self.lm_head(normed).to(torch.float32)
+
+    def _attention(
+        self,
+        layer: Layer,
+        hidden: torch.Tensor,
+        layer_pool: torch.Tensor,
+        inputs: StepInputs,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """One attention sublayer, `[T, E]` -> `[T, E]`; writes this step's pages first."""
+        config, backend = self.config, self.backend
+        num_tokens, q_size = hidden.shape[0], config.num_heads * config.head_dim
+        normed = backend.rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
+        qkv = layer.qkv(normed)
+        queries = qkv[:, :q_size].view(num_tokens, config.num_heads, config.head_dim)
+        keys_values = qkv[:, q_size:].view(num_tokens, 2, config.num_kv_heads, config.head_dim)
+        keys = keys_values[:, 0]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries = backend.rms_norm(queries, layer.query_norm, config.rms_norm_eps)
+            keys = backend.rms_norm(keys, layer.key_norm, config.rms_norm_eps)
+        queries = rotate(queries, *rotation)
+        keys_values[:, 0] = rotate(keys, *rotation)
+        backend.write_pages(layer_pool, keys_values, inputs)
+        attended = backend.attention(queries, keys_values, layer_pool, inputs.attention[layer.window])
+        return layer.output(attended)

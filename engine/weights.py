@@ -1,0 +1,199 @@
+"""A checkpoint's tensors, memory-mapped: what is there, whether it fits the configuration, and reading one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.model_config import ModelConfig
+from fleet.errors import ModelNotFound, UnsupportedModel
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMED_IN_ERRORS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a file's header says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it, e.g. BF16
+
+
+class Checkpoint:
+    """The open safetensors files of one model directory; use as a context manager.
+
+    Nothing is read but headers until `read`, and what `read` returns lies in the page cache, shared by all processes of
+    the machine, until it is copied.
+
+    Attributes:
+        tensors: every tensor by name, over all shards.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open all shards. Raises ModelNotFound without any, UnsupportedModel for other formats and broken files."""
+        self._files: dict[str, Any] = {}  # by file name; safetensors ships no types for its handles
+        self._file_of: dict[str, str] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        expected = _expected_files(directory)
+        for file_name in sorted(set(expected.values())) if expected else [SINGLE_FILE]:
+            self._open(directory / file_name)
+        for name, file_name in expected.items():
+            if self._file_of.get(name) != file_name:
+                raise UnsupportedModel(f"{INDEX_FILE} puts {name} into {file_name}, which does not hold it")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.clear()  # a mapping ends with the last tensor that lies in it
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored, mapped and not copied. Treat as read-only."""
+        tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    def sample(self, name: str) -> bytes:
+        """A few rows of a tensor as bytes: enough to tell two checkpoints apart, cheap enough to do for all."""
+        view = self._files[self._file_of[name]].get_slice(name)
+        length = self.tensors[name].shape[0]
+        width = 64 if len(self.tensors[name].shape) == 1 else 1
+        rows = [view[at : min(at + width, length)] for at in (0, length // 2)]
+        return b"".join(row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
+
+    def _open(self, path: Path) -> None:
+        try:
+            handle: Any = safe_open(path, framework="pt", device="cpu")
+            self._files[path.name] = handle
+            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                view = handle.get_slice(name)
+                self._file_of[name] = path.name
+                self.tensors[name] = TensorInfo(tuple(view.get_shape()), str(view.get_dtype()))
+        except FileNotFoundError:
+            raise UnsupportedModel(f"weights file {path.name} is missing") from None
+        except (SafetensorError, OSError) as error:
+            raise UnsupportedModel(f"weights file {path.name} cannot be read: {error}") from error
+
+
+def _expected_files(directory: Path) -> dict[str, str]:
+    """Tensor name to file name as the index says; empty for a single file. Raises ModelNotFound, UnsupportedModel."""
+    if (directory / INDEX_FILE).is_file():
+        try:
+            weight_map = json.loads((directory / INDEX_FILE).read_bytes())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnsupportedModel(f"{INDEX_FILE} holds no weight_map") from error
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UnsupportedModel(f"{INDEX_FILE} holds no weight_map")
+        for file_name in weight_map.values():
+            if Path(file_name).name != file_name:
+                raise UnsupportedModel(f"{INDEX_FILE} points outside the model directory: {file_name}")
+        return dict(weight_map)
+    if (directory / SINGLE_FILE).is_file():
+        return {}
+    others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in directory.glob(pattern))
+    if others:
+        raise UnsupportedModel(f"weights are only in {others[0]}; Baton loads {SINGLE_FILE} or {INDEX_FILE}")
+    raise ModelNotFound(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this configuration must hold, and no more."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (q_size, hidden, config.qkv_bias),
+        "self_attn.k_proj": (kv_size, hidden, config.qkv_bias),
+        "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, q_size, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        for part, (rows, columns, bias) in linears.items():
+            shapes[f"{prefix}.{part}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}.{part}.bias"] = (rows,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}.{norm}.weight"] = (hidden,)
+        if config.qk_norm:
+            for norm in ("self_attn.q_norm", "self_attn.k_norm"):
+                shapes[f"{prefix}.{norm}.weight"] = (config.head_dim,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModel naming tensors that are missing, unexpected, of a wrong shape or dtype.
+
+    Old checkpoints store the rotary frequencies, and tied ones may store the shared matrix twice; both are ignored.
+    """
+    expected = expected_tensors(config)
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    if missing:
+        raise UnsupportedModel(f"the checkpoint lacks {_some(missing)}")
+    unexpected = [
+        name
+        for name in checkpoint.tensors
+        if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight"
+    ]
+    if unexpected:
+        raise UnsupportedModel(
+            f"the checkpoint holds tensors that {config.architecture} has no use for: {_some(unexpected)}"
+        )
+    for name, shape in expected.items():
+        info = checkpoint.tensors[name]
+        if info.shape != shape:
+            raise UnsupportedModel(f"{name} has shape {list(info.shape)}, config.json asks for {list(shape)}")
+        if info.dtype not in _DTYPES:
+            raise UnsupportedModel(f"{name} is stored as {info.dtype}; supported are {', '.join(_DTYPES)}")
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most parameters are stored in."""
+    counts: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if info.dtype in _DTYPES:
+            dtype = _DTYPES[info.dtype]
+            counts[dtype] = counts.get(dtype, 0) + math.prod(info.shape)
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def model_fingerprint(directory: Path, config: ModelConfig) -> str:
+    """Hash of what the model computes: configuration, tensor names, shapes, dtypes, and a sample of their values.
+
+    Equal for copies of a checkpoint at other paths or sharded otherwise; different for different weights. Hex, 32
+    characters. Raises ModelNotFound, UnsupportedModel.
+    """
+    digest = hashlib.blake2b(repr(config).encode(), digest_size=16, person=b"baton-model")
+    with Checkpoint(directory) as checkpoint:
+        for name in sorted(expected_tensors(config)):
+            info = checkpoint.tensors.get(name)
+            if info is None:
+                raise UnsupportedModel(f"the checkpoint lacks {name}")
+            digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+            digest.update(checkpoint.sample(name))
+    return digest.hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - _NAMED_IN_ERRORS
+    return ", ".join(names[:_NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")

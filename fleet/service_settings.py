@@ -1,0 +1,79 @@
+"""Settings of every service, side by side, since they share one environment, one `baton.toml` and one command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from fleet.settings import FleetSettings
+
+
+class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What both kinds of worker need: the model, its numbers, its pages."""
+
+    model: Annotated[str, Meta(description="checkpoint directory or Hugging Face hub id")] = ""
+    served_model_name: Annotated[
+        str, Meta(description="names that clients use, comma-separated; default: the directory's name")
+    ] = ""
+    dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
+    device: Annotated[str, Meta(description="auto, cpu or cuda")] = "auto"
+    threads: Annotated[int, Meta(description="compute threads; 0: all cores", ge=0, le=1024)] = 0
+    page_size: Annotated[int, Meta(description="tokens per page", ge=1, le=1024)] = 16
+    max_model_len: Annotated[int, Meta(description="longest prompt plus output; 0: the model's own", ge=0)] = 0
+    max_num_seqs: Annotated[int, Meta(description="sequences that run at once", ge=1, le=65536)] = 64
+    kv_cache_bytes: Annotated[int, Meta(description="bytes for KV pages; 0: sized from memory", ge=0)] = 0
+    transports: Annotated[str, Meta(description="hand-off transports allowed, comma-separated, best first")] = "shm,tcp"
+    prefix_cache: Annotated[bool, Meta(description="reuse pages of equal prefixes")] = True
+    hand_off_liveness_s: Annotated[
+        float, Meta(description="a hand-off peer that is silent this long counts as gone", ge=0.2, le=300)
+    ] = 3.0
+    drain_timeout_s: Annotated[
+        float, Meta(description="grace period after SIGTERM in which running work may leave", ge=0)
+    ] = 30.0
+
+    @property
+    def transport_names(self) -> tuple[str, ...]:
+        """The configured transports, best first."""
+        return tuple(name.strip() for name in self.transports.split(",") if name.strip())
+
+
+class PrefillSettings(WorkerSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a prefill worker needs beyond every worker's settings."""
+
+    max_step_tokens: Annotated[int, Meta(description="prompt tokens per prefill step, over all prompts", ge=1)] = 512
+    max_chunk_tokens: Annotated[
+        int, Meta(description="tokens of one prompt per step while others wait; 0: no bound", ge=0)
+    ] = 0
+
+
+class DecodeSettings(WorkerSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a decode worker needs beyond every worker's settings."""
+
+    lookahead_tokens: Annotated[
+        int,
+        Meta(description="output tokens per sequence for which an admission leaves room; more preempts less", ge=0),
+    ] = 128
+    watermark_pages: Annotated[int, Meta(description="pages that an admission leaves free", ge=0)] = 0
+
+
+class GatewaySettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the gateway needs beyond the fleet's own settings."""
+
+    host: Annotated[str, Meta(description="address of the HTTP server")] = "127.0.0.1"
+    port: Annotated[int, Meta(description="port of the HTTP server", ge=0, le=65535)] = 8000
+    insecure: Annotated[bool, Meta(description="serve beyond loopback although no API key exists")] = False
+    max_queued_requests: Annotated[
+        int, Meta(description="requests without a first token, beyond which new ones get 429", ge=1)
+    ] = 512
+    worker_wait_s: Annotated[
+        float, Meta(description="how long a request waits for a worker to come before it ends with 503", ge=0)
+    ] = 15.0
+    max_body_bytes: Annotated[int, Meta(description="largest request body", ge=1024)] = 16 * 2**20
+    cors_origins: Annotated[
+        str, Meta(description="origins that browsers may call from, comma-separated, * for all; empty: none")
+    ] = ""
+
+
+SERVICES: tuple[type[FleetSettings], ...] = (GatewaySettings, PrefillSettings, DecodeSettings)
+"""A name that any of these knows is no error for the others."""

@@ -1,0 +1,62 @@
+"""What every worker counts. The gateways show it under the worker's name (`fleet.metrics`)."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from fleet.types import WorkerLoad
+
+STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+HAND_OFF_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class WorkerMetrics:
+    """A worker's counters, gauges and histograms in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.running = Gauge("baton_worker_running", "Sequences being computed", registry=registry)
+        self.waiting = Gauge("baton_worker_waiting", "Sequences waiting", registry=registry)
+        self.pages = Gauge("baton_worker_pages", "KV pages, by state", ["state"], registry=registry)
+        self.computed_tokens = Counter(
+            "baton_worker_computed_tokens", "Tokens that went through the model", registry=registry
+        )
+        self.sampled_tokens = Counter("baton_worker_sampled_tokens", "Tokens sampled", registry=registry)
+        self.prefix_query_tokens = Gauge(
+            "baton_worker_prefix_query_tokens", "Tokens looked up in the prefix cache since start", registry=registry
+        )
+        self.prefix_hit_tokens = Gauge(
+            "baton_worker_prefix_hit_tokens", "Tokens found in the prefix cache since start", registry=registry
+        )
+        self.step_seconds = Histogram("baton_worker_step_seconds", "Model steps", buckets=STEP_S, registry=registry)
+        self.hand_offs = Counter(
+            "baton_worker_hand_offs", "Sequences handed off", ["transport", "outcome"], registry=registry
+        )
+        self.hand_off_seconds = Histogram(
+            "baton_worker_hand_off_seconds",
+            "Grant to Ack, as the giver sees it",
+            ["transport"],
+            buckets=HAND_OFF_S,
+            registry=registry,
+        )
+        self.hand_off_bytes = Counter(
+            "baton_worker_hand_off_bytes", "Page bytes given away", ["transport"], registry=registry
+        )
+        self.returned = Counter(
+            "baton_worker_returned", "Requests given back to the gateway", ["reason"], registry=registry
+        )
+
+    def show_prefix_cache(self, query_tokens: int, hit_tokens: int) -> None:
+        """Set the prefix cache's figures, both since start."""
+        self.prefix_query_tokens.set(query_tokens)
+        self.prefix_hit_tokens.set(hit_tokens)
+
+    def show_load(self, load: WorkerLoad) -> None:
+        """Set the gauges from the worker's own count."""
+        self.running.set(load.num_running)
+        self.waiting.set(load.num_waiting)
+        used = load.total_pages - load.free_pages - load.quarantined_pages
+        self.pages.labels("used").set(used)
+        self.pages.labels("free").set(load.free_pages)
+        self.pages.labels("cached").set(load.cached_pages)
+        self.pages.labels("quarantined").set(load.quarantined_pages)

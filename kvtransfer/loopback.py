@@ -1,0 +1,47 @@
+"""Hand-offs within one process: the giver writes the taker's region through a shared directory of regions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fleet.messages import Grant, Offer
+from fleet.types import PeerRef
+from kvtransfer.copying import write_granted
+from kvtransfer.errors import TransportUnavailable
+from kvtransfer.host import host_identity, own_process
+from kvtransfer.region import PoolRegion
+
+
+class LoopbackTransport:
+    """A direct transport between endpoints of one process.
+
+    Args:
+        peer: whose region this is.
+        region: pages that others write.
+        directory: shared by all endpoints of the process; mutated here.
+    """
+
+    name = "loopback"
+
+    def __init__(self, peer: PeerRef, region: PoolRegion, directory: dict[PeerRef, PoolRegion]) -> None:
+        self._peer = peer
+        self._directory = directory
+        directory[peer] = region
+
+    def can_take(self, offer: Offer) -> bool:
+        """Only from the same process."""
+        return offer.host == host_identity() and offer.pid == own_process().pid
+
+    def write(self, grant: Grant, first: int, pages: Sequence[memoryview]) -> None:
+        """See `DirectTransport.write`."""
+        region = self._directory.get(grant.taker)
+        if region is None:
+            raise TransportUnavailable(f"{grant.taker.name} has no pages in this process")
+        write_granted(region, grant.page_ids[first : first + len(pages)], grant.generation, pages)
+
+    def forget(self, peer: PeerRef) -> None:
+        """Nothing is mapped per peer."""
+
+    def close(self) -> None:
+        """Take the region out of the directory."""
+        self._directory.pop(self._peer, None)

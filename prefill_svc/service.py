@@ -1,0 +1,126 @@
+"""Builds a prefill worker out of its parts and runs it until it is asked to leave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from engine.assembly import OpenModel, open_model
+from engine.limits import PrefillLimits
+from engine.prefill_scheduler import PrefillScheduler
+from engine.step_loop import StepLoop
+from fleet.bus import Bus, BusConfig
+from fleet.lifecycle import new_peer
+from fleet.model_files import ModelFiles
+from fleet.redis_client import connect
+from fleet.registry import Registry
+from fleet.service_settings import PrefillSettings
+from fleet.types import PeerRef, Role, WorkerRecord
+from fleet.worker_link import WorkerLink
+from fleet.worker_metrics import WorkerMetrics
+from fleet.worker_run import run_worker
+from kvtransfer.endpoint import EndpointConfig, HandOffEndpoint
+from kvtransfer.host import host_identity
+from kvtransfer.layout import PageLayout
+from kvtransfer.limits import HandOffLimits
+from kvtransfer.region import PoolRegion, shared_room_bytes, sweep_stale
+from kvtransfer.shm import ShmTransport
+from kvtransfer.transports import build_transports
+from prefill_svc.worker import PrefillWorker
+
+CLOSE_HAND_OFFS_S = 2.0
+
+
+async def serve(settings: PrefillSettings, stop: asyncio.Event) -> None:
+    """Run one prefill worker until `stop` is set, then drain and leave.
+
+    Raises:
+        BatonError: it cannot start.
+    """
+    sweep_stale()
+    shared = ShmTransport.name in settings.transport_names
+    ceiling_bytes = shared_room_bytes() if shared else None
+    opened = await asyncio.to_thread(open_model, settings, ceiling_bytes=ceiling_bytes)
+    plan = opened.plan
+    region = PoolRegion.create(settings.name, num_pages=plan.num_pages, page_bytes=plan.page_bytes, shared=shared)
+    try:
+        async with Bus(BusConfig.of(settings)) as bus:
+            peer = new_peer(name=settings.name, kind="prefill", address=bus.address)
+            await _run(settings, stop, opened, region, bus, peer)
+    finally:
+        region.unlink()
+        region.close()
+
+
+async def _run(
+    settings: PrefillSettings, stop: asyncio.Event, opened: OpenModel, region: PoolRegion, bus: Bus, peer: PeerRef
+) -> None:
+    fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
+    engine = opened.over(region.buffer, fingerprint)
+    limits = PrefillLimits(
+        max_model_len=opened.plan.max_model_len,
+        max_step_tokens=settings.max_step_tokens,
+        max_chunk_tokens=settings.max_chunk_tokens or None,
+        max_num_seqs=settings.max_num_seqs,
+    )
+    scheduler = PrefillScheduler(engine.pool, engine.cache, limits)
+    transports = build_transports(settings.transport_names, region)
+    record = WorkerRecord(
+        peer=peer,
+        role=Role.PREFILL,
+        model=opened.names[0],
+        aliases=opened.names[1:],
+        fingerprint=fingerprint,
+        model_files=opened.files[0],
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        page_size=opened.plan.page_size,
+        num_pages=opened.plan.num_pages,
+        host=host_identity(),
+        pid=os.getpid(),
+        transports=tuple(transports),
+        started_at_s=time.time(),
+    )
+    worker = PrefillWorker(record=record, engine=engine, scheduler=scheduler, metrics=WorkerMetrics())
+    steps = StepLoop(scheduler, engine.runner, on_step=worker.on_step, on_scheduled=worker.on_scheduled)
+    endpoint = HandOffEndpoint(
+        EndpointConfig(
+            peer=peer,
+            region=region,
+            fingerprint=fingerprint,
+            bank=None,
+            transports=transports,
+            send=bus.send,
+            events=worker.hand_offs,
+            limits=HandOffLimits(liveness_s=settings.hand_off_liveness_s),
+        )
+    )
+    bus.on_peer_lost(endpoint.on_peer_lost)
+    redis = connect(settings.redis_url)
+    link = WorkerLink(
+        peer=peer,
+        holder=worker,
+        bus=bus,
+        registry=Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s),
+        files=ModelFiles(redis, namespace=settings.namespace),
+        published=opened.files,
+        lease_s=settings.lease_s,
+        liveness_file=settings.liveness_file,
+    )
+    worker.hand_offs.endpoint, worker.link = endpoint, link
+    worker.wake, worker.ask_to_stop = steps.wake, stop.set
+    try:
+        await run_worker(
+            worker,
+            bus=bus,
+            link=link,
+            stop=stop,
+            drain_timeout_s=settings.drain_timeout_s,
+            parts=(steps.run(), endpoint.run()),
+            close_hand_offs=lambda: endpoint.close(CLOSE_HAND_OFFS_S),
+        )
+    finally:
+        for transport in transports.values():
+            transport.close()
+        await redis.aclose()

@@ -1,0 +1,285 @@
+"""A prefill worker's conduct: what it does with each message, each step and each hand-off's news."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from engine.assembly import Engine
+from engine.errors import AlreadyFinished, DuplicateSequence, SequenceTooLong
+from engine.plan import StepPlan
+from engine.prefill_scheduler import PrefillScheduler
+from engine.progress import RowProgress, StepProgress
+from engine.sequence import Phase, Sequence
+from fleet.bus import Delivery
+from fleet.logs import get_logger
+from fleet.messages import (
+    Cancel,
+    DrainRequest,
+    GatewayHello,
+    Goodbye,
+    HandingOff,
+    Heartbeat,
+    MetricFamily,
+    PrefillRequest,
+    Publication,
+    RequestFinished,
+    RequestNote,
+    RequestStarted,
+    Returned,
+    TokenChunk,
+)
+from fleet.metrics import snapshot
+from fleet.types import FinishReason, PeerRef, WorkerLoad, WorkerRecord
+from fleet.worker_link import WorkerLink
+from fleet.worker_metrics import WorkerMetrics
+from prefill_svc.hand_offs import Consequences, PrefillHandOffs
+
+_log = get_logger("prefill")
+
+
+class PrefillWorker:
+    """Joins scheduler and hand-offs. Everything happens on the event loop's thread, nothing here waits.
+
+    Attributes:
+        hand_offs: its `endpoint` is set by the service, as are the attributes below.
+        link, wake, ask_to_stop: the way to the gateways, to the step loop, and out.
+    """
+
+    def __init__(
+        self,
+        *,
+        record: WorkerRecord,
+        engine: Engine,
+        scheduler: PrefillScheduler,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._record = record
+        self._engine = engine
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._num_arrived = 0
+        self._requests: dict[tuple[str, int], PrefillRequest] = {}
+        self._started: set[tuple[str, int]] = set()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self.hand_offs = PrefillHandOffs(
+            engine,
+            metrics,
+            Consequences(
+                committing=self._committing,
+                over=self._let_go,
+                give_back=self._give_back_failed,
+                freed=lambda: self.wake(),  # noqa: PLW0108 - the service sets `wake` later
+            ),
+        )
+        self.link: WorkerLink
+        self.wake: Callable[[], None]
+        self.ask_to_stop: Callable[[], None]
+
+    # messages
+
+    def handle(self, delivery: Delivery) -> None:
+        """Act on one message; what is not for a prefill worker is dropped."""
+        match delivery.message:
+            case PrefillRequest() as request:
+                self._take(request)
+            case Cancel(request_id=request_id, epoch=epoch):
+                self._forget(request_id, epoch)
+            case GatewayHello() as hello:
+                self.link.hear_hello(hello)
+            case DrainRequest(reason=reason):
+                _log.info("asked to drain", reason=reason)
+                self.ask_to_stop()
+            case Publication() | Heartbeat() | Goodbye():
+                _log.warning("message for a gateway came to a worker", kind=type(delivery.message).__name__)
+            case message:
+                self.hand_offs.endpoint.on_message(message, delivery.payload)
+        self.link.flush()
+
+    def _take(self, request: PrefillRequest) -> None:
+        passport = request.passport
+        key = (passport.request_id, passport.epoch)
+        if self.hand_offs.endpoint.is_cancelled(*key):
+            return
+        if self._draining:
+            self._return(passport.gateway, key, "draining")
+            return
+        sequence = Sequence.from_passport(passport, arrival=self._num_arrived)
+        self._num_arrived += 1
+        try:
+            self._scheduler.add(sequence)
+        except DuplicateSequence:
+            return
+        except AlreadyFinished as finished:
+            self._finish(sequence, finished.reason)
+        except SequenceTooLong as error:
+            self._finish(sequence, FinishReason.ERROR, str(error))
+        else:
+            self._requests[key] = request
+            self.wake()
+
+    def _forget(self, request_id: str, epoch: int) -> None:
+        for sequence in self._scheduler.abort(request_id, epoch):
+            self._drop(sequence)
+        self.hand_offs.endpoint.cancel(request_id, epoch)
+        self.wake()
+
+    def _drop(self, sequence: Sequence) -> None:
+        key = (sequence.request_id, sequence.epoch)
+        self._requests.pop(key, None)
+        self._started.discard(key)
+        if not self._requests:
+            self._idle.set()
+
+    def _return(self, gateway: PeerRef, key: tuple[str, int], reason: str) -> None:
+        self._metrics.returned.labels(reason).inc()
+        self.link.publish(gateway, Returned(request_id=key[0], epoch=key[1], reason=reason))
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self.link.publish(
+            sequence.passport.gateway,
+            RequestFinished(
+                request_id=sequence.request_id,
+                epoch=sequence.epoch,
+                reason=reason,
+                num_output_tokens=sequence.num_output_tokens,
+                error=error,
+            ),
+        )
+
+    # steps
+
+    def on_scheduled(self, plan: StepPlan | None) -> None:
+        """Before a step: tell gateways what begins, and ask for room at the takers while the chunk computes."""
+        for row in plan.rows if plan is not None else ():
+            sequence = row.sequence
+            key = (sequence.request_id, sequence.epoch)
+            if key in self._started:
+                continue
+            self._started.add(key)
+            self.link.publish(
+                sequence.passport.gateway,
+                RequestStarted(
+                    request_id=sequence.request_id, epoch=sequence.epoch, cached_tokens=sequence.num_cached_tokens
+                ),
+            )
+            if sequence.num_output_tokens + 1 < sequence.params.max_tokens:
+                self.hand_offs.offer(sequence, self._requests[key].targets)
+        self.link.flush()
+
+    def on_step(self, plan: StepPlan, progress: StepProgress, step_s: float) -> None:
+        """After a step: send tokens, let pages flow, commit what is computed."""
+        self._metrics.step_seconds.observe(step_s)
+        self._metrics.computed_tokens.inc(plan.num_tokens)
+        for row in progress.rows:
+            self._settle(row)
+        self.link.flush()
+
+    def _settle(self, row: RowProgress) -> None:
+        sequence = row.sequence
+        if row.sampled is not None:
+            self._metrics.sampled_tokens.inc()
+            logprob = row.sampled.logprob
+            self.link.publish(
+                sequence.passport.gateway,
+                TokenChunk(
+                    request_id=sequence.request_id,
+                    epoch=sequence.epoch,
+                    index=row.index,
+                    token_ids=[row.sampled.token_id],
+                    logprobs=None if logprob is None else [logprob],
+                ),
+            )
+        if row.finish is not None:
+            self.hand_offs.endpoint.cancel(sequence.request_id, sequence.epoch)
+            self._finish(sequence, row.finish, row.error)
+            self._drop(sequence)
+            return
+        final = sequence.page_table[: row.new_pages.stop]
+        self.hand_offs.endpoint.pages_ready(sequence.request_id, sequence.epoch, final)
+        if row.sampled is not None:
+            self.hand_offs.endpoint.commit(
+                sequence.to_passport(),
+                page_ids=sequence.page_table,
+                num_computed_tokens=sequence.num_computed_tokens,
+            )
+
+    # hand-offs
+
+    def _committing(self, request_id: str, epoch: int, taker: PeerRef, transport: str) -> None:
+        """From the Commit on both workers matter to the request."""
+        request = self._requests.get((request_id, epoch))
+        if request is not None:
+            event = HandingOff(request_id=request_id, epoch=epoch, taker=taker, transport=transport)
+            self.link.publish(request.passport.gateway, event)
+            self.link.flush()
+
+    def _give_back_failed(self, request_id: str, epoch: int, reason: str) -> None:
+        request = self._requests.get((request_id, epoch))
+        if request is not None:
+            self._return(request.passport.gateway, (request_id, epoch), reason)
+            self.link.flush()
+
+    def _let_go(self, request_id: str, epoch: int) -> None:
+        for sequence in self._scheduler.abort(request_id, epoch):
+            self._drop(sequence)
+        self.wake()
+
+    # the link's questions
+
+    def record(self) -> WorkerRecord:
+        """Registry record with current load."""
+        pool = self._engine.pool
+        load = WorkerLoad(
+            num_running=self._scheduler.num_running + self._scheduler.num_prefilled,
+            num_waiting=self._scheduler.num_waiting,
+            waiting_tokens=self._scheduler.waiting_tokens,
+            total_pages=pool.num_pages,
+            free_pages=pool.num_free,
+            cached_pages=pool.num_cached,
+            quarantined_pages=pool.num_quarantined,
+        )
+        self._metrics.show_load(load)
+        self._metrics.show_prefix_cache(self._engine.cache.query_tokens, self._engine.cache.hit_tokens)
+        return self._record.with_load(load, draining=self._draining)
+
+    def notes(self) -> Iterable[tuple[PeerRef, RequestNote]]:
+        """Every request held, with its gateway."""
+        for sequence in self._scheduler.sequences():
+            note = RequestNote(sequence.request_id, sequence.epoch, sequence.num_output_tokens)
+            yield sequence.passport.gateway, note
+
+    def metrics(self) -> list[MetricFamily]:
+        """A snapshot."""
+        return snapshot(self._metrics.registry)
+
+    def gateway_lost(self, gateway: PeerRef) -> None:
+        """Free everything that a gone gateway owned."""
+        owned = [s for s in self._scheduler.sequences() if s.passport.gateway == gateway]
+        for sequence in owned:
+            self._forget(sequence.request_id, sequence.epoch)
+
+    # leaving
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, give waiting prompts back, finish the rest; what is left after the grace goes back."""
+        self._draining = True
+        self.link.beat_now()
+        for sequence in [s for s in self._scheduler.sequences() if s.phase is Phase.WAITING]:
+            self._give_back(sequence, "draining")
+        self.link.flush()
+        self._idle.clear()
+        if self._requests:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                _log.warning("grace period is over", num_left=len(self._requests))
+        for sequence in list(self._scheduler.sequences()):
+            self._give_back(sequence, "draining")
+        self.link.flush()
+
+    def _give_back(self, sequence: Sequence, reason: str) -> None:
+        self._return(sequence.passport.gateway, (sequence.request_id, sequence.epoch), reason)
+        self._forget(sequence.request_id, sequence.epoch)

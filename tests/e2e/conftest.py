@@ -1,0 +1,31 @@
+"""Fixtures of the end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.fleet import DEMO, Fleet
+from support.redis_server import RedisServer
+
+
+@pytest.fixture(scope="module")
+def module_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis of the module's own, since fleets of several tests live on it."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def demo_fleet(module_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two prefill and two decode workers with the demo model in float32, so that answers are exactly repeatable."""
+    directory: Path = tmp_path_factory.mktemp("fleet")
+    worker = {"model": str(DEMO), "served_model_name": "demo,baton-demo", "dtype": "float32"}
+    with Fleet(module_redis, directory, settings={"lease_s": "2"}) as fleet:
+        for number in (1, 2):
+            fleet.start("prefill_svc", f"prefill-{number}", max_step_tokens=64, **worker)
+            fleet.start("decode_svc", f"decode-{number}", **worker)
+        fleet.gateway()
+        fleet.wait_ready(prefill=2, decode=2)
+        yield fleet
