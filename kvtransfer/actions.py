@@ -14,11 +14,12 @@ from fleet.types import Passport, PeerRef
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message; `page_ids` of the own pool ride along as one payload frame each."""
+    """Send a message; `page_ids` of the own pool ride along over a carried transport, one payload frame each."""
 
     to: PeerRef
     message: HandOffMessage
     page_ids: tuple[int, ...] = ()
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Store:
     ticket: int
     page_ids: tuple[int, ...]
     frames: tuple[memoryview, ...]
+    transport: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from fleet.types import Passport, PeerRef
 from kvtransfer.actions import Action, FailReason, Given, Granted
 from kvtransfer.errors import GrantRevoked, HandOffExists, TransferError
 from kvtransfer.numbering import belongs_to
-from kvtransfer.outgoing import Attempt, GiverState, Outgoing
+from kvtransfer.outgoing import GiverState, Outgoing
 from kvtransfer.outgoing_book import GiverConfig, OutgoingBook
 from kvtransfer.targets import TargetRounds
 
@@ -135,7 +135,7 @@ class Giver:
         elif outgoing.state is GiverState.OFFERED:  # else a repetition
             attempt.grant = grant
             attempt.granted_at_s = attempt.said_at_s = now_s
-            if problem := _problem_with(grant, outgoing, attempt):
+            if problem := attempt.problem_with(outgoing.num_pages):
                 self._book.strike(outgoing, attempt, None, problem)
                 self._book.close(outgoing, attempt, self._book.abort(outgoing, attempt, problem), now_s)
                 return self._book.flush()
@@ -300,17 +300,8 @@ class Giver:
             if outgoing.state is GiverState.WAITING and outgoing.retry_at_s <= now_s:
                 self._book.next_target(outgoing, now_s)
             elif attempt is not None and now_s - attempt.said_at_s >= self._limits.beat_s:
-                self._repeat(outgoing, attempt, now_s)
+                self._book.repeat(outgoing, attempt, now_s)
         return self._book.flush()
-
-    def _repeat(self, outgoing: Outgoing, attempt: Attempt, now_s: float) -> None:
-        if outgoing.state is GiverState.OFFERED:
-            self._book.send(attempt.target.peer, attempt.offer)
-        elif outgoing.state is GiverState.COMMITTED and attempt.commit is not None:
-            self._book.send(attempt.target.peer, attempt.commit)
-        else:
-            return
-        attempt.said_at_s = now_s
 
     @property
     def next_retry_s(self) -> float | None:
@@ -322,14 +313,3 @@ class Giver:
     def num_open(self) -> int:
         """Hand-offs that have not ended."""
         return len(self._book.open)
-
-
-def _problem_with(grant: Grant, outgoing: Outgoing, attempt: Attempt) -> str | None:
-    if grant.taker != attempt.target.peer:
-        return f"{grant.taker.name} has restarted"
-    if grant.transport not in attempt.offer.transports:
-        return f"{grant.taker.name} grants over {grant.transport}, which was not offered"
-    outside = [page_id for page_id in grant.page_ids if not 0 <= page_id < grant.pool.num_pages]
-    if outside or attempt.num_granted < outgoing.num_pages:
-        return f"{grant.taker.name} grants {attempt.num_granted} of {outgoing.num_pages} pages, bad ids {outside}"
-    return None

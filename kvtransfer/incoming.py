@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from fleet.messages import Abort, Grant, HandOffMessage, Offer
+from fleet.messages import Abort, Commit, Grant, HandOffMessage, Offer
 from fleet.types import PeerRef
 from kvtransfer.actions import Action, GrantClosed, Send
 from kvtransfer.bank import PageBank, Reservation, WriteGate
@@ -54,6 +54,18 @@ class Incoming:
     def process(self) -> ProcessIdentity:
         """Of the giver."""
         return ProcessIdentity(self.offer.pid, self.offer.start_ticks)
+
+    def problem_with(self, commit: Commit, page_size: int) -> str | None:
+        """Why a Commit of this grant cannot be adopted; None if it can."""
+        num_pages = -(-commit.num_computed_tokens // page_size)
+        num_here = self.grant.num_held_pages + (len(self.grant.page_ids) if self.direct else self.num_stored)
+        if (commit.passport.request_id, commit.passport.epoch) != self.key:
+            return "the Commit is of another request than its grant"
+        if num_pages > num_here or commit.num_computed_tokens > len(commit.passport.token_ids):
+            return f"{commit.num_computed_tokens} tokens computed, but {num_here} pages are here"
+        if self.storing:
+            return "the Commit came before its pages"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

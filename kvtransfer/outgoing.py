@@ -60,6 +60,18 @@ class Attempt:
         """Pages that the taker has or has room for."""
         return self.grant.num_held_pages + len(self.grant.page_ids) if self.grant is not None else 0
 
+    def problem_with(self, num_pages: int) -> str | None:
+        """Why the grant cannot be used; None if it can."""
+        grant = self.grant
+        if grant is None or grant.taker != self.target.peer:
+            return "it has restarted"
+        if grant.transport not in self.offer.transports:
+            return f"it grants over {grant.transport}, which was not offered"
+        outside = [page_id for page_id in grant.page_ids if not 0 <= page_id < grant.pool.num_pages]
+        if outside or self.num_granted < num_pages:
+            return f"it grants {self.num_granted} of {num_pages} pages, ids outside its pool: {outside}"
+        return None
+
 
 @dataclass(eq=False, slots=True)
 class Outgoing:

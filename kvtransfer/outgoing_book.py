@@ -194,7 +194,8 @@ class OutgoingBook:
         )
         attempt.num_handed = end
         attempt.turn = next(self._turns)
-        self.emit(Send(attempt.target.peer, pages, outgoing.page_ids[first:end]))
+        page_ids = outgoing.page_ids[first:end]
+        self.emit(Send(attempt.target.peer, pages, page_ids, attempt.grant.transport))
 
     def _commit(self, outgoing: Outgoing, attempt: Attempt, grant: Grant, now_s: float) -> None:
         assert outgoing.num_computed_tokens is not None, "committed too early"  # noqa: S101  # our own invariant
@@ -209,6 +210,16 @@ class OutgoingBook:
         outgoing.state = GiverState.COMMITTED
         self.emit(Committing(*outgoing.key, grant.taker, grant.transport))
         self.send(grant.taker, attempt.commit)
+
+    def repeat(self, outgoing: Outgoing, attempt: Attempt, now_s: float) -> None:
+        """Send an unanswered Offer or Commit again."""
+        if outgoing.state is GiverState.OFFERED:
+            self.send(attempt.target.peer, attempt.offer)
+        elif outgoing.state is GiverState.COMMITTED and attempt.commit is not None:
+            self.send(attempt.target.peer, attempt.commit)
+        else:
+            return
+        attempt.said_at_s = now_s
 
     # ends
 

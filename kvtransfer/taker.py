@@ -148,7 +148,11 @@ class Taker:
             ticket = self._book.new_ticket()
             incoming.storing[ticket] = pages.first
             incoming.num_received = end
-            self._book.emit(Store(ticket, tuple(incoming.grant.page_ids[pages.first : end]), tuple(frames)))
+            self._book.emit(
+                Store(
+                    ticket, tuple(incoming.grant.page_ids[pages.first : end]), tuple(frames), incoming.grant.transport
+                )
+            )
         elif pages.first < incoming.num_received:
             self._say_taken(incoming)
         return self._book.flush()
@@ -182,7 +186,7 @@ class Taker:
         if settled is not None and settled.adopted:
             self._book.send(commit.giver, _ack(settled.grant))
         elif incoming is not None and incoming.closed is None and incoming.offer.giver == commit.giver:
-            if problem := self._problem_with(commit, incoming):
+            if problem := incoming.problem_with(commit, self._config.fingerprint.page_size):
                 self._book.close(incoming, problem, writer_done=True, now_s=now_s)
                 self._book.send(commit.giver, self._admission.refuse(commit, RefuseReason.STALE, problem))
             else:
@@ -194,17 +198,6 @@ class Taker:
             reason = RefuseReason.CANCELLED if cancelled else RefuseReason.STALE
             self._book.send(commit.giver, self._admission.refuse(commit, reason, "there is no such grant"))
         return self._book.flush()
-
-    def _problem_with(self, commit: Commit, incoming: Incoming) -> str | None:
-        page_size = self._config.fingerprint.page_size
-        num_pages = -(-commit.num_computed_tokens // page_size)
-        num_here = incoming.grant.num_held_pages
-        num_here += len(incoming.grant.page_ids) if incoming.direct else incoming.num_stored
-        if (commit.passport.request_id, commit.passport.epoch) != incoming.key:
-            return "the Commit is of another request than its grant"
-        if num_pages > num_here or commit.num_computed_tokens > len(commit.passport.token_ids):
-            return f"{commit.num_computed_tokens} tokens computed, but {num_here} pages are here"
-        return None
 
     def _adopt(self, incoming: Incoming, commit: Commit, now_s: float) -> None:
         self._book.adopt(incoming, now_s)

@@ -230,7 +230,14 @@ def make_prompt(luck: random.Random, max_len: int) -> list[int]:
     return (shared + luck.choices([1, 2], k=luck.randrange(1, max_len)))[:max_len]
 
 
-def run_fleet(seed: int, *, num_requests: int, decode_pages: int, lookahead: int, cancel_chance: float) -> Fleet:
+def run_fleet(
+    seed: int,
+    *,
+    num_requests: int,
+    decode_pages: int,
+    lookahead: int,
+    cancel_chance: float,
+) -> Fleet:
     luck = random.Random(seed)
     fleet = Fleet(
         luck,
@@ -240,13 +247,14 @@ def run_fleet(seed: int, *, num_requests: int, decode_pages: int, lookahead: int
         lookahead=lookahead,
         chunk=luck.choice([1, 3, 8, 64]),
     )
+    longest_prompt = luck.choice([4, 8, fleet.max_model_len - 1])  # short ones leave room to run out of pages later
     for number in range(num_requests):
         params = SamplingParams(
             max_tokens=luck.randrange(1, 30),
             stop_token_ids=tuple(luck.sample(range(1000), k=luck.choice([0, 50]))),
             min_tokens=luck.choice([0, 0, 5]),
         )
-        prompt = make_prompt(luck, fleet.max_model_len - 1)
+        prompt = make_prompt(luck, min(longest_prompt, fleet.max_model_len - 1))
         priority = luck.choice([0, 0, 0, 1])
         fleet.submit(make_passport(prompt, request_id=f"r{number}", params=params, priority=priority))
         for _ in range(luck.randrange(6)):

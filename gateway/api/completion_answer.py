@@ -1,0 +1,139 @@
+"""The two forms of a text completion: one JSON object, or chunks."""
+
+from __future__ import annotations
+
+from litestar.types import Receive
+from msgspec import UNSET
+
+from fleet.types import FinishReason
+from gateway.api.jobs import Job, Output, Run
+from gateway.api.logprobs import TokenSpeller, completion_logprobs
+from gateway.api.responses import Completion, CompletionChoice
+from gateway.api.sse import DONE, EventStream, json_text, json_value
+from gateway.text.assembler import Piece, TextToken
+
+
+async def plain_completion(run: Run, job: Job, receive: Receive) -> Completion:
+    """The whole answer. Raises: what `Run.drive` raises."""
+    texts = [[_echo(job, index)] for index in range(job.num_outputs)]
+    tokens: list[list[TextToken]] = [[] for _ in range(job.num_outputs)]
+    reasons = [FinishReason.LENGTH] * job.num_outputs  # what stays so where nothing is generated
+
+    async def collect(output: Output, piece: Piece) -> None:
+        texts[output.index].append(piece.text)
+        tokens[output.index].extend(piece.tokens)
+        if piece.finish is not None:
+            reasons[output.index] = piece.finish
+
+    await run.drive(collect, receive)
+    spell = TokenSpeller(job.model.card)
+    choices = [
+        CompletionChoice(
+            index=index,
+            text="".join(texts[index]),
+            finish_reason=reasons[index].value,
+            logprobs=completion_logprobs(
+                tokens[index], spell, num_top=job.num_top_logprobs, base_offset=len(_echo(job, index))
+            )
+            if job.with_logprobs
+            else None,
+            token_ids=[token.token_id for token in tokens[index]] if job.return_token_ids else UNSET,
+            prompt_token_ids=job.prompts[index // job.num_samples] if job.return_token_ids else UNSET,
+        )
+        for index in range(job.num_outputs)
+    ]
+    return Completion(
+        id=job.completion_id,
+        created=job.created,
+        model=job.model_name,
+        choices=choices,
+        usage=run.usage(),
+        system_fingerprint=job.fingerprint,
+    )
+
+
+async def streamed_completion(run: Run, job: Job, stream: EventStream, receive: Receive) -> None:
+    """Write the answer as chunks. Raises: what `Run.drive` raises."""
+    writer = CompletionChunks(job)
+
+    async def write(output: Output, piece: Piece) -> None:
+        events = writer.piece(output.index, piece)
+        if not stream.started:
+            events = writer.openings() + events
+        if events:
+            await stream.send(events)
+
+    await run.drive(write, receive)
+    ending = b""
+    if not job.generates:
+        done = Piece("", (), FinishReason.LENGTH)
+        ending = writer.openings() + b"".join(writer.piece(index, done) for index in range(job.num_outputs))
+    if job.include_usage:
+        ending += writer.usage(run)
+    await stream.end(ending + DONE)
+
+
+class CompletionChunks:
+    """Writes chunks of one answer; what never changes in them is encoded once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._spell = TokenSpeller(job.model.card)
+        self._head = b'data: {"id":%b,"object":"text_completion","created":%d,"model":%b,"system_fingerprint":%b,' % (
+            json_text(job.completion_id),
+            job.created,
+            json_text(job.model_name),
+            json_text(job.fingerprint),
+        )
+        self._tail = b'],"usage":null}\n\n' if job.include_usage else b"]}\n\n"
+        self._text = [self._head + b'"choices":[{"index":%d,"text":' % index for index in range(job.num_outputs)]
+        self._plain_end = b',"logprobs":null,"finish_reason":null}' + self._tail
+
+    def openings(self) -> bytes:
+        """First chunks of the choices where there is something to say before output: echo and prompt ids."""
+        job = self._job
+        if not job.echo_texts and not job.return_token_ids:
+            return b""
+        events = b""
+        for index in range(job.num_outputs):
+            events += self._text[index] + json_text(_echo(job, index)) + b',"logprobs":null,"finish_reason":null'
+            if job.return_token_ids:
+                events += b',"prompt_token_ids":' + json_value(job.prompts[index // job.num_samples])
+            events += b"}" + self._tail
+        return events
+
+    def piece(self, index: int, piece: Piece) -> bytes:
+        """Chunks for a piece of a choice."""
+        events = b""
+        if piece.tokens:
+            events = self._text[index] + json_text(piece.text) + self._token_end(index, piece)
+        elif piece.text:
+            events = self._text[index] + json_text(piece.text) + self._plain_end
+        if piece.finish is not None:
+            events += b'%b"","logprobs":null,"finish_reason":"%b"}%b' % (
+                self._text[index],
+                piece.finish.value.encode(),
+                self._tail,
+            )
+        return events
+
+    def usage(self, run: Run) -> bytes:
+        """The chunk after all others that `include_usage` asks for."""
+        return b'%b"choices":[],"usage":%b}\n\n' % (self._head, json_value(run.usage()))
+
+    def _token_end(self, index: int, piece: Piece) -> bytes:
+        job = self._job
+        logprobs = b"null"
+        if job.with_logprobs:
+            lists = completion_logprobs(
+                piece.tokens, self._spell, num_top=job.num_top_logprobs, base_offset=len(_echo(job, index))
+            )
+            logprobs = json_value(lists)
+        ids = b""
+        if job.return_token_ids:
+            ids = b',"token_ids":%b' % json_value([token.token_id for token in piece.tokens])
+        return b',"logprobs":%b,"finish_reason":null%b}%b' % (logprobs, ids, self._tail)
+
+
+def _echo(job: Job, index: int) -> str:
+    return job.echo_texts[index // job.num_samples] if job.echo_texts else ""

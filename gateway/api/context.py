@@ -1,0 +1,48 @@
+"""What handlers share: the pipeline, the limiter, the configuration."""
+
+from __future__ import annotations
+
+from litestar.di import NamedDependency
+from litestar.params import SkipValidation
+
+from fleet.keys import ApiKey
+from gateway.api.auth import STATE_KEY
+from gateway.api.config import ApiConfig
+from gateway.api.rate_limit import RateLimiter
+from gateway.api.replies import AnyRequest
+from gateway.errors import UnknownModel
+from gateway.pipeline import Pipeline, ServedModel
+
+
+class ApiContext:
+    """Made once by `create_app`."""
+
+    def __init__(self, pipeline: Pipeline, config: ApiConfig, limiter: RateLimiter) -> None:
+        self.pipeline = pipeline
+        self.config = config
+        self.limiter = limiter
+
+    def find_model(self, name: str, key: ApiKey | None) -> ServedModel:
+        """The model a client asked for. Raises: UnknownModel, also for one that the key may not use."""
+        model = self.pipeline.model(name)
+        if model is None or not may_use(key, model):
+            raise UnknownModel(name[:200])
+        return model
+
+    def fingerprint(self, model: ServedModel) -> str:
+        """`system_fingerprint`: changes with Baton's version and the model's files."""
+        return f"baton-{self.config.version}-{model.card.digest}"
+
+
+Api = NamedDependency[SkipValidation[ApiContext]]
+
+
+def caller_key(request: AnyRequest) -> ApiKey | None:
+    """The API key that the guard found, None on an open server."""
+    key = request.scope["state"].get(STATE_KEY)
+    return key if isinstance(key, ApiKey) else None
+
+
+def may_use(key: ApiKey | None, model: ServedModel) -> bool:
+    """Whether the key's list of models, if it has one, names this one."""
+    return key is None or not key.models or not {model.name, *model.aliases}.isdisjoint(key.models)

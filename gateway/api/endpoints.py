@@ -1,0 +1,195 @@
+"""The handlers of OpenAI's and vLLM's endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from urllib.parse import unquote
+
+import msgspec
+from litestar import Response, get, post
+from litestar.params import FromPath
+from litestar.types import Receive
+
+from gateway.api.chat_answer import plain_chat, streamed_chat
+from gateway.api.chat_prompt import chat_prompt_ids
+from gateway.api.completion_answer import plain_completion, streamed_completion
+from gateway.api.context import Api, ApiContext, caller_key, may_use
+from gateway.api.decoding import read_body
+from gateway.api.documentation import answers, body_of
+from gateway.api.jobs import ClientGone, Job, Run
+from gateway.api.prepare import chat_job, completion_job
+from gateway.api.replies import AnyRequest, json_reply
+from gateway.api.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from gateway.api.responses import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    ModelEntry,
+    ModelList,
+    Tokenized,
+)
+from gateway.api.sse import EventStream, StreamedAnswer
+from gateway.api.text_prompt import text_prompt_ids
+from gateway.errors import ApiError, InvalidRequest, Unavailable, UnknownModel
+from gateway.pipeline import ServedModel
+
+_CHAT = msgspec.json.Decoder(ChatCompletionRequest)
+_COMPLETION = msgspec.json.Decoder(CompletionRequest)
+_TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+
+
+@post(
+    "/v1/chat/completions",
+    status_code=200,
+    summary="Answer a conversation",
+    tags=["OpenAI"],
+    operation_class=body_of(ChatCompletionRequest),
+    responses=answers(ChatCompletion),
+)
+async def chat_completions(request: AnyRequest, api: Api) -> Response[bytes]:
+    """Apply the model's chat template and generate; with `stream`, as server-sent events."""
+    job = await chat_job(api, await read_body(request, _CHAT), caller_key(request))
+    if job.stream:
+
+        async def produce(stream: EventStream, receive: Receive) -> None:
+            async with Run(api, job) as run:
+                await streamed_chat(run, job, stream, receive)
+
+        return StreamedAnswer(produce, job.headers)
+    return await _plain(api, job, request, plain_chat)
+
+
+@post(
+    "/v1/completions",
+    status_code=200,
+    summary="Continue a text",
+    tags=["OpenAI"],
+    operation_class=body_of(CompletionRequest),
+    responses=answers(Completion),
+)
+async def completions(request: AnyRequest, api: Api) -> Response[bytes]:
+    """Generate from text or token ids; with `stream`, as server-sent events."""
+    job = await completion_job(api, await read_body(request, _COMPLETION), caller_key(request))
+    if job.stream:
+
+        async def produce(stream: EventStream, receive: Receive) -> None:
+            async with Run(api, job) as run:
+                await streamed_completion(run, job, stream, receive)
+
+        return StreamedAnswer(produce, job.headers)
+    return await _plain(api, job, request, plain_completion)
+
+
+@get("/v1/models", summary="List models", tags=["OpenAI"], responses=answers(ModelList))
+async def list_models(request: AnyRequest, api: Api) -> Response[bytes]:
+    """Every name that can be put in `model`."""
+    key = caller_key(request)
+    return json_reply(
+        ModelList(
+            [
+                _entry(name, model)
+                for model in api.pipeline.models()
+                if may_use(key, model)
+                for name in (model.name, *model.aliases)
+            ]
+        )
+    )
+
+
+@get("/v1/models/{model_id:path}", summary="Describe a model", tags=["OpenAI"], responses=answers(ModelEntry))
+async def get_model(request: AnyRequest, api: Api, model_id: FromPath[str]) -> Response[bytes]:
+    """One entry of the list. The id may be percent-encoded or not."""
+    del model_id  # normalised as a path by the router; the raw path says what was meant
+    raw: bytes = request.scope["raw_path"]
+    name = unquote(raw.decode("latin-1").partition("?")[0]).partition("/v1/models/")[2].rstrip("/")
+    return json_reply(_entry(name, api.find_model(name, caller_key(request))))
+
+
+@post(
+    "/tokenize",
+    status_code=200,
+    summary="Text or messages to token ids",
+    tags=["vLLM"],
+    operation_class=body_of(TokenizeRequest),
+    responses=answers(Tokenized),
+)
+async def tokenize(request: AnyRequest, api: Api) -> Response[bytes]:
+    """The ids that a completion of the same `prompt` or `messages` would be computed from."""
+    body = await read_body(request, _TOKENIZE)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt", code="invalid_value")
+    model = _model_or_only(api, body.model, request)
+    if body.messages is not None:
+        ids = await chat_prompt_ids(
+            model,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            add_special_tokens=bool(body.add_special_tokens),
+            variables=body.chat_template_kwargs or {},
+        )
+    else:
+        (ids,) = await text_prompt_ids(
+            model, [body.prompt or ""], add_special_tokens=body.add_special_tokens is not False
+        )
+    strings = None
+    if body.return_token_strs:
+        strings = [model.card.tokenizer.token(token_id) or "" for token_id in ids]
+    return json_reply(Tokenized(len(ids), model.max_model_len, ids, strings))
+
+
+@post(
+    "/detokenize",
+    status_code=200,
+    summary="Token ids to text",
+    tags=["vLLM"],
+    operation_class=body_of(DetokenizeRequest),
+    responses=answers(Detokenized),
+)
+async def detokenize(request: AnyRequest, api: Api) -> Response[bytes]:
+    """The text of the ids, special tokens included."""
+    body = await read_body(request, _DETOKENIZE)
+    model = _model_or_only(api, body.model, request)
+    if body.tokens and max(body.tokens) >= model.card.vocab_size:
+        raise InvalidRequest(
+            f"'tokens' has an id outside the vocabulary (0 to {model.card.vocab_size - 1}).",
+            param="tokens",
+            code="invalid_value",
+        )
+    return json_reply(Detokenized(model.card.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+
+
+PlainAnswer = Callable[[Run, Job, Receive], Awaitable[ChatCompletion | Completion]]
+
+
+async def _plain(api: ApiContext, job: Job, request: AnyRequest, answer: PlainAnswer) -> Response[bytes]:
+    try:
+        async with Run(api, job) as run:
+            body = await answer(run, job, request.receive)
+    except ClientGone as error:
+        raise ApiError(
+            "The client closed the connection.", status=499, error_type="invalid_request_error", code="client_gone"
+        ) from error
+    return json_reply(body, headers=job.headers)
+
+
+def _entry(name: str, model: ServedModel) -> ModelEntry:
+    return ModelEntry(id=name, created=model.created, max_model_len=model.max_model_len, root=model.name)
+
+
+def _model_or_only(api: ApiContext, name: str | None, request: AnyRequest) -> ServedModel:
+    """The named model; without a name, the first one served."""
+    key = caller_key(request)
+    if name is not None:
+        return api.find_model(name, key)
+    for model in api.pipeline.models():
+        if may_use(key, model):
+            return model
+    if key is not None and key.models:
+        raise UnknownModel(key.models[0])
+    raise Unavailable("No model is served yet.", retry_after_s=1)

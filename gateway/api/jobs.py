@@ -1,0 +1,215 @@
+"""One request under way: its prompts, its generations, and driving them to the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Self
+
+import msgspec
+from litestar.types import Receive
+
+from fleet.keys import ApiKey
+from fleet.types import FinishReason, SamplingParams
+from gateway.api.context import ApiContext
+from gateway.api.responses import PromptTokensDetails, Usage
+from gateway.api.sampling import for_sample
+from gateway.errors import ApiError, GenerationFailed, Unavailable
+from gateway.pipeline import Generation, ServedModel, Tokens
+from gateway.text.assembler import Piece, TextAssembler, TextOptions
+
+
+class ClientGone(Exception):
+    """The client closed its connection before its answer was complete."""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything about a request that is known before its first token.
+
+    Attributes:
+        completion_id: `chatcmpl-…` or `cmpl-…`; generations carry it in their request ids.
+        model_name: as the client wrote it.
+        prompts: token ids of each prompt.
+        num_samples: answers per prompt.
+        params: of each prompt's first sample; `max_tokens` may differ per prompt.
+        seeded: the client gave a seed.
+        options: how output becomes text.
+        continues_prompt: the output reads on from the prompt (completions) instead of being a message.
+        echo_texts: prompts as text, to be repeated before their outputs; empty without `echo`.
+        generates: false for `max_tokens` 0, where nothing is computed.
+        stream, include_usage, return_token_ids, with_logprobs: of the request.
+        num_top_logprobs: alternatives per token.
+        headers: for the answer.
+    """
+
+    completion_id: str
+    created: int
+    model: ServedModel
+    model_name: str
+    fingerprint: str
+    prompts: Sequence[list[int]]
+    params: Sequence[SamplingParams]
+    options: TextOptions
+    num_samples: int = 1
+    seeded: bool = False
+    continues_prompt: bool = False
+    echo_texts: Sequence[str] = ()
+    generates: bool = True
+    stream: bool = False
+    include_usage: bool = False
+    return_token_ids: bool = False
+    with_logprobs: bool = False
+    num_top_logprobs: int = 0
+    cache_salt: str = ""
+    priority: int = 0
+    key: ApiKey | None = None
+    headers: dict[str, str] = {}
+
+    @property
+    def num_outputs(self) -> int:
+        """Choices of the answer."""
+        return len(self.prompts) * self.num_samples
+
+
+class Output:
+    """One choice of an answer. Index `prompt * num_samples + sample`."""
+
+    def __init__(self, job: Job, index: int, generation: Generation) -> None:
+        self.index = index
+        self.prompt_index = index // job.num_samples
+        self.generation = generation
+        prompt = job.prompts[self.prompt_index] if job.continues_prompt else ()
+        self.assembler = TextAssembler(job.model.card, job.options, prompt)
+        self.num_cached_tokens = 0
+
+    async def run(self, sink: Sink) -> None:
+        """Hand every piece to the sink. Raises: ApiError if the generation fails."""
+        async for tokens in self.generation:
+            self.num_cached_tokens = max(self.num_cached_tokens, tokens.cached_tokens)
+            if tokens.finish in {FinishReason.ERROR, FinishReason.CANCELLED}:
+                raise _failure(tokens)
+            piece = self.assembler.push(tokens)
+            if self.assembler.match is not None:
+                if tokens.finish is None:
+                    self.generation.stop(self.assembler.num_tokens)
+                await sink(self, piece)
+                return
+            if piece.text or piece.tokens or piece.finish is not None:
+                await sink(self, piece)
+            if piece.finish is not None:
+                return
+        raise GenerationFailed("The generation ended without a reason.")
+
+
+Sink = Callable[[Output, Piece], Awaitable[None]]
+
+
+def _failure(tokens: Tokens) -> ApiError:
+    message = tokens.error or "The generation was interrupted."
+    if tokens.retry_after_s is not None:
+        return Unavailable(message, retry_after_s=tokens.retry_after_s)
+    return GenerationFailed(message)
+
+
+class Run:
+    """A job with its generations started. Use as `async with Run(api, job) as run: await run.drive(…)`.
+
+    Leaving the block closes every generation, and charges the output to the caller's key.
+    """
+
+    def __init__(self, api: ApiContext, job: Job) -> None:
+        self._api = api
+        self._job = job
+        self.outputs: list[Output] = []
+
+    async def __aenter__(self) -> Self:
+        """Submit all generations. Raises: PipelineError after closing those already started."""
+        job = self._job
+        try:
+            for index in range(job.num_outputs if job.generates else 0):
+                prompt, sample = divmod(index, job.num_samples)
+                generation = await self._api.pipeline.submit(
+                    model=job.model,
+                    prompt_ids=job.prompts[prompt],
+                    params=for_sample(job.params[prompt], sample, seeded=job.seeded),
+                    request_id=f"{job.completion_id}-{index}" if index else job.completion_id,
+                    cache_salt=job.cache_salt,
+                    priority=job.priority,
+                )
+                self.outputs.append(Output(job, index, generation))
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close all generations."""
+        await self._close()
+        num_tokens = sum(output.assembler.num_tokens for output in self.outputs)
+        await self._api.limiter.charge_output(self._job.key, num_tokens)
+
+    async def drive(self, sink: Sink, receive: Receive) -> None:
+        """Run all outputs to their end; `sink` is called for one piece at a time.
+
+        Raises: ClientGone as soon as the client leaves; ApiError when a generation fails; what the sink raises.
+        """
+        if not self.outputs:
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(_watch(receive))
+                one_at_a_time = asyncio.Lock()
+
+                async def in_turn(output: Output, piece: Piece) -> None:
+                    async with one_at_a_time:
+                        await sink(output, piece)
+
+                chosen = sink if len(self.outputs) == 1 else in_turn
+                await asyncio.wait([group.create_task(output.run(chosen)) for output in self.outputs])
+                watcher.cancel()
+        except BaseExceptionGroup as failures:
+            raise _most_telling(failures) from failures
+
+    def usage(self) -> Usage:
+        """Token counts so far. Of several samples of a prompt the first tells what the cache held."""
+        job = self._job
+        num_prompt_tokens = sum(map(len, job.prompts))
+        num_output_tokens = sum(output.assembler.num_tokens for output in self.outputs)
+        num_cached = sum(
+            min(output.num_cached_tokens, len(job.prompts[output.prompt_index]) - 1)
+            for output in self.outputs[:: job.num_samples]
+        )
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=num_output_tokens,
+            total_tokens=num_prompt_tokens + num_output_tokens,
+            prompt_tokens_details=PromptTokensDetails(num_cached),
+        )
+
+    async def _close(self) -> None:
+        for output in self.outputs:
+            await output.generation.aclose()
+
+
+async def _watch(receive: Receive) -> None:
+    """Raises: ClientGone once the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientGone
+
+
+def _most_telling(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """A client that left explains everything else; then our own errors; then whatever came first."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [failures]
+    while stack:
+        error = stack.pop()
+        if isinstance(error, BaseExceptionGroup):
+            stack.extend(reversed(error.exceptions))
+        else:
+            leaves.append(error)
+    for kind in (ClientGone, ApiError):
+        for error in leaves:
+            if isinstance(error, kind):
+                return error
+    return leaves[0]

@@ -1,0 +1,75 @@
+"""Log-probabilities in the two shapes of OpenAI's API."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from gateway.api.responses import ChatTokenLogprob, CompletionLogprobs, TopTokenLogprob
+from gateway.text.assembler import TextToken
+from gateway.text.card import ModelCard
+
+FLOOR = -9999.0  # JSON has no infinity
+
+
+class TokenSpeller:
+    r"""Writes single tokens as text. A token that is only part of a character is written `bytes:\xe2\x82`."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self._detokenizers = card.detokenizers
+        self._spelled: dict[int, tuple[str, list[int]]] = {}
+
+    def __call__(self, token_id: int) -> tuple[str, list[int]]:
+        """Text and bytes of an id."""
+        known = self._spelled.get(token_id)
+        if known is None:
+            data = self._detokenizers.token_bytes(token_id)
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            known = self._spelled[token_id] = text, list(data)
+        return known
+
+
+def chat_logprobs(tokens: Iterable[TextToken], spell: TokenSpeller, *, num_top: int) -> list[ChatTokenLogprob]:
+    """Entries for `logprobs.content`."""
+    return [_chat_entry(token, spell, num_top) for token in tokens]
+
+
+def completion_logprobs(
+    tokens: Iterable[TextToken], spell: TokenSpeller, *, num_top: int, base_offset: int
+) -> CompletionLogprobs:
+    """The parallel lists. `text_offset` counts characters from the start of the choice's text, echo included.
+
+    `top_logprobs` names the `num_top` likeliest tokens and the chosen one.
+    """
+    result = CompletionLogprobs([], [], [], [])
+    for token in tokens:
+        chosen = finite(token.logprob.logprob if token.logprob is not None else FLOOR)
+        text = spell(token.token_id)[0]
+        likeliest: dict[str, float] = {}
+        for other in token.logprob.top[:num_top] if token.logprob is not None else ():
+            likeliest.setdefault(spell(other.token_id)[0], finite(other.logprob))
+        likeliest.setdefault(text, chosen)
+        result.tokens.append(text)
+        result.token_logprobs.append(chosen)
+        result.top_logprobs.append(likeliest)
+        result.text_offset.append(base_offset + token.offset)
+    return result
+
+
+def finite(logprob: float) -> float:
+    """Clamp to what JSON and clients can take: [-9999, 0]."""
+    return FLOOR if math.isnan(logprob) else min(0.0, max(FLOOR, logprob))
+
+
+def _chat_entry(token: TextToken, spell: TokenSpeller, num_top: int) -> ChatTokenLogprob:
+    logprob = token.logprob
+    top = logprob.top[:num_top] if logprob is not None else []
+    return ChatTokenLogprob(
+        token=spell(token.token_id)[0],
+        logprob=finite(logprob.logprob if logprob is not None else FLOOR),
+        bytes=list(token.data),
+        top_logprobs=[TopTokenLogprob(spell(t.token_id)[0], finite(t.logprob), spell(t.token_id)[1]) for t in top],
+    )

@@ -1,0 +1,118 @@
+"""From a decoded request to a job: check, tokenize, resolve every parameter, charge the caller's quota."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from fleet.keys import ApiKey
+from gateway.api import refusals
+from gateway.api.chat_prompt import chat_prompt_ids
+from gateway.api.context import ApiContext
+from gateway.api.jobs import Job
+from gateway.api.requests import ChatCompletionRequest, CompletionRequest
+from gateway.api.sampling import COMPLETION_MAX_TOKENS, output_limit, sampling_params, text_options
+from gateway.api.text_prompt import prompt_text, split_prompts, text_prompt_ids
+from gateway.errors import InvalidRequest
+from gateway.pipeline import ServedModel
+
+
+async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey | None) -> Job:
+    """Raises: ApiError."""
+    refusals.check_chat(request)
+    model = api.find_model(request.model, key)
+    ids = await chat_prompt_ids(
+        model,
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        add_special_tokens=bool(request.add_special_tokens),
+        variables=request.chat_template_kwargs or {},
+    )
+    asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    max_tokens = output_limit(model, num_prompt_tokens=len(ids), max_tokens=asked, param="messages")
+    num_top = request.top_logprobs or 0
+    params = sampling_params(request, model, max_tokens=max_tokens, num_logprobs=num_top if request.logprobs else None)
+    with_tokens = bool(request.logprobs or request.return_token_ids)
+    headers = await api.limiter.admit(key, len(ids))
+    return Job(
+        completion_id=f"chatcmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=model,
+        model_name=request.model,
+        fingerprint=api.fingerprint(model),
+        prompts=[ids],
+        params=[params],
+        options=text_options(request, params, with_tokens=with_tokens),
+        num_samples=request.n or 1,
+        seeded=request.seed is not None,
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        return_token_ids=bool(request.return_token_ids),
+        with_logprobs=bool(request.logprobs),
+        num_top_logprobs=num_top,
+        cache_salt=request.cache_salt or "",
+        priority=request.priority or 0,
+        key=key,
+        headers=headers,
+    )
+
+
+async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKey | None) -> Job:
+    """Raises: ApiError."""
+    refusals.check_completion(request)
+    model = api.find_model(request.model, key)
+    sources = split_prompts(request.prompt)
+    num_samples = request.n or 1
+    if len(sources) * num_samples > api.config.max_generations:
+        raise InvalidRequest(
+            f"At most {api.config.max_generations} outputs (prompts times 'n') fit in one request.",
+            param="prompt",
+            code="invalid_value",
+        )
+    prompts = await text_prompt_ids(model, sources, add_special_tokens=request.add_special_tokens is not False)
+    params = [
+        sampling_params(
+            request,
+            model,
+            max_tokens=_completion_limit(model, len(ids), request.max_tokens),
+            num_logprobs=request.logprobs,
+        )
+        for ids in prompts
+    ]
+    skip_special_tokens = request.skip_special_tokens is not False
+    echo = [prompt_text(model, source, skip_special_tokens=skip_special_tokens) for source in sources]
+    with_tokens = request.logprobs is not None or bool(request.return_token_ids)
+    headers = await api.limiter.admit(key, sum(map(len, prompts)))
+    return Job(
+        completion_id=f"cmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=model,
+        model_name=request.model,
+        fingerprint=api.fingerprint(model),
+        prompts=prompts,
+        params=params,
+        options=text_options(request, params[0], with_tokens=with_tokens),
+        num_samples=num_samples,
+        seeded=request.seed is not None,
+        continues_prompt=True,
+        echo_texts=echo if request.echo else (),
+        generates=request.max_tokens != 0,
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        return_token_ids=bool(request.return_token_ids),
+        with_logprobs=request.logprobs is not None,
+        num_top_logprobs=request.logprobs or 0,
+        cache_salt=request.cache_salt or "",
+        priority=request.priority or 0,
+        key=key,
+        headers=headers,
+    )
+
+
+def _completion_limit(model: ServedModel, num_prompt_tokens: int, asked: int | None) -> int:
+    """Output tokens of a prompt. The default gives way to the context; only what was asked for is an error."""
+    if asked is None:
+        asked = max(1, min(COMPLETION_MAX_TOKENS, model.max_model_len - num_prompt_tokens))
+    if asked == 0 and num_prompt_tokens <= model.max_model_len:
+        return 1  # never used: nothing is generated
+    return output_limit(model, num_prompt_tokens=num_prompt_tokens, max_tokens=asked, param="prompt")

@@ -1,0 +1,202 @@
+"""Request bodies, as OpenAI publishes them plus vLLM's extensions.
+
+Every field is here for one of four reasons: it works; it is bookkeeping and changes nothing about the answer; it is
+refused with a 400 that names it unless it is absent or has its neutral value (`gateway.api.refusals`); or it is part
+of a message that clients send back to us. Anything else is an unknown field, and a 400 too. An explicit null is the
+same as absence.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_TOP_LOGPROBS = 20
+
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Base of request bodies: an unknown field is an error that names it."""
+
+
+class StreamOptions(_Body):
+    """`stream_options`. `include_obfuscation` pads chunks against traffic analysis, which is not built."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _Sampling(_Body, kw_only=True):
+    """What chat and text completions have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    seed: Int64 | None = None
+    # extensions, as in vLLM
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: Annotated[str, Meta(max_length=256)] | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    # bookkeeping
+    user: str | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+
+
+class TextPart(_Body, tag="text", tag_field="type"):
+    """A piece of text in a message."""
+
+    text: str
+
+
+class RefusalPart(_Body, tag="refusal", tag_field="type"):
+    """A refusal of an earlier answer, sent back."""
+
+    refusal: str
+
+
+TextParts = Annotated[list[TextPart], Meta(min_length=1)]
+
+
+class SystemMessage(_Body, tag="system", tag_field="role"):
+    """Instructions."""
+
+    content: str | TextParts
+    name: str | None = None
+
+
+class DeveloperMessage(_Body, tag="developer", tag_field="role"):
+    """Instructions, as newer OpenAI models call them. Templates see the role `system`."""
+
+    content: str | TextParts
+    name: str | None = None
+
+
+class UserMessage(_Body, tag="user", tag_field="role"):
+    """What the user says."""
+
+    content: str | TextParts
+    name: str | None = None
+
+
+class CalledFunction(_Body):
+    """Name and arguments (JSON text) of a call."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body):
+    """A call that an earlier answer made."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+    index: int | None = None
+
+
+class AssistantMessage(_Body, tag="assistant", tag_field="role"):
+    """An earlier answer, with the fields that answers carry."""
+
+    content: str | Annotated[list[TextPart | RefusalPart], Meta(min_length=1)] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    annotations: list[Any] | None = None
+    audio: dict[str, Any] | None = None
+    function_call: dict[str, Any] | None = None
+
+
+class ToolMessage(_Body, tag="tool", tag_field="role"):
+    """The result of a tool call."""
+
+    content: str | TextParts
+    tool_call_id: str
+    name: str | None = None
+
+
+ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
+
+
+class ChatCompletionRequest(_Sampling, kw_only=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    audio: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    web_search_options: dict[str, Any] | None = None
+
+
+class CompletionRequest(_Sampling, kw_only=True):
+    """`POST /v1/completions`. `prompt` is text, texts, token ids, or lists of token ids."""
+
+    prompt: str | list[Any]
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(_Body):
+    """`POST /tokenize`: of a `prompt`, or of `messages` after the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(_Body):
+    """`POST /detokenize`."""
+
+    tokens: list[TokenId]
+    model: str | None = None

@@ -1,0 +1,158 @@
+"""Response bodies. Fields whose absence means something else than null are `UNSET` by default."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """`cached_tokens` of the prompt came from a prefix cache."""
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct):
+    """Token counts of one request; prompts count once each, whatever `n` is."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopTokenLogprob(msgspec.Struct):
+    """One of the likeliest tokens at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct):
+    """A chosen token. `bytes` is what it contributed to the content: they join to it."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopTokenLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """One entry per output token."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(msgspec.Struct):
+    """The assistant's message."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    finish_reason: str
+    logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(msgspec.Struct):
+    """Answer of `/v1/chat/completions`."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+    object: Literal["chat.completion"] = "chat.completion"
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Parallel lists, one place per output token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct):
+    """One text."""
+
+    index: int
+    text: str
+    finish_reason: str
+    logprobs: CompletionLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct):
+    """Answer of `/v1/completions`."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    system_fingerprint: str
+    object: Literal["text_completion"] = "text_completion"
+
+
+class ModelEntry(msgspec.Struct):
+    """One name that can be put in `model`."""
+
+    id: str
+    created: int
+    max_model_len: int
+    root: str
+    object: Literal["model"] = "model"
+    owned_by: str = "baton"
+
+
+class ModelList(msgspec.Struct):
+    """Answer of `/v1/models`."""
+
+    data: list[ModelEntry]
+    object: Literal["list"] = "list"
+
+
+class Tokenized(msgspec.Struct):
+    """Answer of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(msgspec.Struct):
+    """Answer of `/detokenize`."""
+
+    prompt: str
+
+
+class ErrorObject(msgspec.Struct):
+    """What went wrong. All four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    """The body of every answer that is not a success."""
+
+    error: ErrorObject

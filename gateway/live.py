@@ -1,0 +1,224 @@
+"""A live request: reassembles one exactly-once token stream out of what several workers say over several epochs.
+
+A token is accepted only as (current epoch, next index). An early one waits, since at a hand-off two workers speak and
+index 1 may overtake index 0; a late one, or one of an old epoch, is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from enum import StrEnum
+
+from fleet.messages import HandedOff, HandingOff, RequestFinished, RequestStarted, TokenChunk
+from fleet.types import FinishReason, Passport, PeerRef, TokenLogprob
+from gateway.pipeline import Tokens
+
+
+class Stage(StrEnum):
+    """Where the gateway believes a request to be. Names equal the states in Redis where both exist."""
+
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    HANDING_OFF = "handing_off"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+class LiveRequest:
+    """One sequence under way, as the client's side reads it (`gateway.pipeline.Generation`) and the fleet feeds it.
+
+    Attributes:
+        passport: as first sent: prompt, parameters, owner. Epoch and output live here, not in it.
+        holders: the workers that matter to it now; one, two at a hand-off, none while it waits.
+        touched_s: monotonic time of the last dispatch or event; stalls are measured from it.
+    """
+
+    def __init__(self, passport: Passport, *, on_let_go: Callable[[LiveRequest, FinishReason], None]) -> None:
+        self.passport = passport
+        self.epoch = passport.epoch
+        self.stage = Stage.QUEUED
+        self.holders: list[PeerRef] = []
+        self.prefill_peer: PeerRef | None = None
+        self.decode_peer: PeerRef | None = None
+        self.created_s = self.touched_s = time.monotonic()
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self.cached_tokens = 0
+        self.num_lost = 0
+        self.missing_beats = 0
+        self.finish: FinishReason | None = None
+        self.error: str | None = None
+        self.retry_after_s: float | None = None
+        self.output: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._num_read = 0
+        self._finish_read = False
+        self._early: dict[int, TokenChunk] = {}
+        self._ending: RequestFinished | None = None
+        self._ready = asyncio.Event()
+        self._on_let_go = on_let_go
+
+    # the client's side
+
+    @property
+    def request_id(self) -> str:
+        """Minted by the gateway."""
+        return self.passport.request_id
+
+    @property
+    def prompt_len(self) -> int:
+        """Number of prompt tokens."""
+        return self.passport.prompt_len
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.stage is Stage.ENDED
+
+    async def __aiter__(self) -> AsyncIterator[Tokens]:
+        """Yield what has arrived since the last item, merged into one; ends after the item with `finish`."""
+        while not self._finish_read:
+            await self._ready.wait()
+            self._ready.clear()
+            yield self._take()
+
+    def _take(self) -> Tokens:
+        begin, self._num_read = self._num_read, len(self.output)
+        asked = self.passport.params.logprobs is not None
+        self._finish_read = self.finish is not None
+        return Tokens(
+            token_ids=self.output[begin:],
+            logprobs=self._logprobs[begin:] if asked else None,
+            finish=self.finish,
+            cached_tokens=self.cached_tokens,
+            error=self.error,
+            retry_after_s=self.retry_after_s,
+        )
+
+    def stop(self, num_output_tokens: int) -> None:
+        """A stop string was completed by output token number `num_output_tokens`; later tokens never happened."""
+        if not self.ended:
+            del self.output[num_output_tokens:]
+            self._on_let_go(self, FinishReason.STOP)
+
+    async def aclose(self) -> None:
+        """The client is done with it; if it has not ended it is cancelled. Idempotent."""
+        if not self.ended:
+            self._on_let_go(self, FinishReason.CANCELLED)
+
+    # the fleet's side
+
+    def next_passport(self) -> Passport:
+        """The passport for the current epoch: prompt and all tokens accepted so far."""
+        arrived = self.passport
+        return Passport(
+            request_id=arrived.request_id,
+            epoch=self.epoch,
+            model=arrived.model,
+            token_ids=arrived.token_ids + self.output,
+            prompt_len=arrived.prompt_len,
+            params=arrived.params,
+            gateway=arrived.gateway,
+            cache_salt=arrived.cache_salt,
+            priority=arrived.priority,
+        )
+
+    def begin_epoch(self) -> None:
+        """Start over elsewhere: whatever older epochs still say is void from now on."""
+        self.epoch += 1
+        self.stage = Stage.QUEUED
+        self.holders = []
+        self.prefill_peer = self.decode_peer = None
+        self.missing_beats = 0
+        self._early.clear()
+        self._ending = None
+
+    def accept_started(self, event: RequestStarted) -> None:
+        """A prefill worker computes. Only the first epoch's cache hits are the client's."""
+        if self.epoch == 0:
+            self.cached_tokens = min(event.cached_tokens, self.prompt_len - 1)
+
+    def accept_handing_off(self, event: HandingOff) -> bool:
+        """A second worker begins to matter. False when the taker has already spoken."""
+        if self.stage is Stage.DECODING:
+            return False
+        self.stage = Stage.HANDING_OFF
+        self.decode_peer = event.taker
+        self.holders = [*([self.prefill_peer] if self.prefill_peer else []), event.taker]
+        return True
+
+    def accept_handed_off(self, _event: HandedOff, worker: PeerRef) -> None:
+        """The taker alone holds it."""
+        self.stage = Stage.DECODING
+        self.decode_peer = worker
+        self.holders = [worker]
+
+    def accept_tokens(self, chunk: TokenChunk) -> int:
+        """Take a chunk of the current epoch; returns how many tokens became part of the stream."""
+        before = len(self.output)
+        waiting = self._early.get(chunk.index)
+        if waiting is None or len(waiting.token_ids) < len(chunk.token_ids):
+            self._early[chunk.index] = chunk
+        while (ready := self._due()) is not None:
+            skip = len(self.output) - ready.index
+            self.output.extend(ready.token_ids[skip:])
+            if ready.logprobs is not None:
+                self._logprobs.extend(ready.logprobs[skip:])
+        fresh = len(self.output) - before
+        if fresh:
+            self.last_token_s = time.monotonic()
+            if self.first_token_s is None:
+                self.first_token_s = self.last_token_s
+            self._ready.set()
+        return fresh
+
+    def _due(self) -> TokenChunk | None:
+        """Take out a waiting chunk that holds the next index; drop those that hold only old ones."""
+        position = len(self.output)
+        for index in sorted(self._early):
+            if index > position:
+                return None
+            chunk = self._early.pop(index)
+            if index + len(chunk.token_ids) > position:
+                return chunk
+        return None
+
+    def accept_finished(self, event: RequestFinished) -> bool:
+        """Take the terminal message; True once all its tokens are here, False while some are on their way."""
+        self._ending = event
+        return self.is_complete()
+
+    def is_complete(self) -> bool:
+        """Whether a terminal message has come and nothing before it is missing."""
+        ending = self._ending
+        return ending is not None and (
+            ending.reason is FinishReason.ERROR or len(self.output) >= ending.num_output_tokens
+        )
+
+    @property
+    def ending(self) -> RequestFinished | None:
+        """The terminal message of this epoch, if it has come."""
+        return self._ending
+
+    def reason_by_tokens(self) -> FinishReason | None:
+        """Why the output so far is a whole answer, if it is: the worker that knew may be gone."""
+        params = self.passport.params
+        if not self.output:
+            return None
+        if self.output[-1] in params.stop_token_ids and len(self.output) > params.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.output) >= params.max_tokens else None
+
+    def end(self, reason: FinishReason, *, error: str | None = None, retry_after_s: float | None = None) -> None:
+        """Close the stream. Idempotent: the first reason stands."""
+        if self.ended:
+            return
+        self.stage = Stage.ENDED
+        self.finish = reason
+        self.error = error
+        self.retry_after_s = retry_after_s
+        self.holders = []
+        self._early.clear()
+        self._ready.set()

@@ -1,0 +1,55 @@
+"""What the gateway counts itself; the workers' own figures join them on `/metrics` through `fleet.metrics`."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+LATENCY_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+INTERVAL_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+RATE_WINDOW = 64
+
+
+class GatewayMetrics:
+    """The gateway's counters, gauges and histograms in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        model = ["model"]
+        self.prompt_tokens = Counter("baton_prompt_tokens", "Prompt tokens admitted", model, registry=registry)
+        self.output_tokens = Counter("baton_output_tokens", "Output tokens delivered", model, registry=registry)
+        self.finished = Counter(
+            "baton_requests_finished", "Requests ended, by reason", ["model", "reason"], registry=registry
+        )
+        self.rejected = Counter("baton_requests_rejected", "Requests not admitted", ["reason"], registry=registry)
+        self.replays = Counter("baton_replays", "Requests replayed under a new epoch", ["reason"], registry=registry)
+        self.stale_messages = Counter(
+            "baton_stale_messages", "Messages about an old epoch or an ended request, dropped", registry=registry
+        )
+        self.queued = Gauge("baton_requests_queued", "Requests without a first token", registry=registry)
+        self.live = Gauge("baton_requests_live", "Requests that have not ended", registry=registry)
+        self.ttft_seconds = Histogram(
+            "baton_ttft_seconds", "Admission to first token", model, buckets=LATENCY_S, registry=registry
+        )
+        self.itl_seconds = Histogram(
+            "baton_itl_seconds", "Between tokens of one request", model, buckets=INTERVAL_S, registry=registry
+        )
+        self.e2e_seconds = Histogram(
+            "baton_e2e_seconds", "Admission to end", model, buckets=LATENCY_S, registry=registry
+        )
+        self._first_tokens_s: deque[float] = deque(maxlen=RATE_WINDOW)
+
+    def saw_first_token(self, model: str, ttft_s: float) -> None:
+        """Count a first token; its time also feeds `expected_wait_s`."""
+        self.ttft_seconds.labels(model).observe(ttft_s)
+        self._first_tokens_s.append(time.monotonic())
+
+    def expected_wait_s(self, num_queued: int) -> float:
+        """How long a queue of this length takes at the recent rate of first tokens; 1 s without a history."""
+        seen = self._first_tokens_s
+        if len(seen) < 2:
+            return 1.0
+        rate = len(seen) / max(1e-3, time.monotonic() - seen[0])
+        return min(60.0, num_queued / rate)

@@ -1,0 +1,65 @@
+"""Choosing a prefill worker and decode workers for a request, by booked load and by who has seen its prefix."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fleet.types import Fingerprint, Role
+from gateway.affinity import PrefixAffinity
+from gateway.directory import Directory, Worker
+
+MAX_TARGETS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A prefill worker and the decode workers it may hand to, best first."""
+
+    prefill: Worker
+    targets: list[Worker]
+
+
+class Router:
+    """Picks routes. Ties are broken by chance, so that equal workers share the work."""
+
+    def __init__(self, directory: Directory, *, seed: int | None = None) -> None:
+        self._directory = directory
+        self._affinity = PrefixAffinity()
+        self._random = random.Random(seed)  # noqa: S311 - tie-breaking, not a secret
+
+    def has_route(self, model: str) -> bool:
+        """Whether a prefill worker and a decode worker that matches it take requests for `model`."""
+        decoders = {w.record.fingerprint for w in self._directory.workers(model=model, role=Role.DECODE)}
+        return any(w.record.fingerprint in decoders for w in self._directory.workers(model=model, role=Role.PREFILL))
+
+    def pick(self, model: str, token_ids: Sequence[int], *, cache_salt: str) -> Route | None:
+        """The cheapest route now, or None when there is none.
+
+        A prefill worker costs what is booked on it plus what it would have to compute of this prompt; a decode worker
+        costs the tokens booked on it relative to its pool, and one whose slots are all taken comes last.
+        """
+        decoders = self._directory.workers(model=model, role=Role.DECODE)
+        shapes: set[Fingerprint] = {w.record.fingerprint for w in decoders}
+        givers = [w for w in self._directory.workers(model=model, role=Role.PREFILL) if w.record.fingerprint in shapes]
+        if not givers:
+            return None
+        chain = self._affinity.chain(token_ids, salt=f"{model}\0{cache_salt}")
+        seen = self._affinity.seen_tokens(chain)
+
+        def prefill_cost(worker: Worker) -> tuple[float, float]:
+            fresh = len(token_ids) - seen.get(worker.peer, 0)
+            return worker.booked_tokens + fresh, self._random.random()
+
+        prefill = min(givers, key=prefill_cost)
+        self._affinity.remember(chain, prefill.peer)
+
+        def decode_cost(worker: Worker) -> tuple[bool, float, float]:
+            record = worker.record
+            full = worker.booked_requests >= record.max_num_seqs
+            pool_tokens = max(1, record.num_pages * record.page_size)
+            return full, worker.booked_tokens / pool_tokens, self._random.random()
+
+        matching = [w for w in decoders if w.record.fingerprint == prefill.record.fingerprint]
+        return Route(prefill, sorted(matching, key=decode_cost)[:MAX_TARGETS])

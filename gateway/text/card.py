@@ -1,0 +1,140 @@
+"""Everything the gateway knows of a model, from the small files beside its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from gateway.errors import CardError
+from gateway.text.control_marks import ControlMarks
+from gateway.text.detokenizer import DetokenizerFactory
+from gateway.text.template import ChatTemplate, pick_template
+from gateway.text.tokenizer import TextTokenizer
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What applies where a request says nothing.
+
+    As in vLLM (`--generation-config auto`): `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` of
+    `generation_config.json` replace OpenAI's defaults, whether or not it says `do_sample`; `max_new_tokens`
+    bounds the output of requests that set no bound.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+
+
+class ModelCard:
+    """Tokenizer, chat template and defaults of one model. Immutable, shared by all its requests.
+
+    Attributes:
+        tokenizer: text to ids.
+        detokenizers: ids to text.
+        template: None if the model has none (chat is then refused).
+        eos_ids: ids that end an answer, from `generation_config.json`, `config.json` and the tokenizer.
+        vocab_size: ids from 0 up to it exist in the model, though not all may have text.
+        defaults: sampling defaults.
+        digest: hex digest of the files, stable over restarts.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate | None,
+        eos_ids: tuple[int, ...],
+        vocab_size: int,
+        defaults: SamplingDefaults,
+        digest: str,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.detokenizers = DetokenizerFactory(tokenizer)
+        self.template = template
+        self.eos_ids = eos_ids
+        self.vocab_size = vocab_size
+        self.defaults = defaults
+        self.digest = digest
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> ModelCard:
+        """Build from file contents by name.
+
+        `tokenizer.json` is required; `tokenizer_config.json`, `config.json`, `generation_config.json` and
+        `chat_template.jinja` are used where present.
+        Takes some tenths of a second for a large vocabulary: call it on a thread.
+        Raises: CardError naming the file.
+        """
+        if "tokenizer.json" not in files:
+            raise CardError("tokenizer.json is missing; Baton serves models with a fast tokenizer only")
+        tokenizer_config = _json_object(files, "tokenizer_config.json")
+        config = _json_object(files, "config.json")
+        generation = _json_object(files, "generation_config.json")
+        tokenizer = TextTokenizer(files["tokenizer.json"], tokenizer_config)
+        source = pick_template(tokenizer_config, files.get("chat_template.jinja"))
+        template = None
+        if source is not None:
+            marks = ControlMarks(tokenizer.special_texts)
+            template = ChatTemplate(source, tokenizer.special_tokens, marks)
+        return cls(
+            tokenizer=tokenizer,
+            template=template,
+            eos_ids=_eos_ids(tokenizer, config, generation),
+            vocab_size=_vocab_size(tokenizer, config),
+            defaults=_defaults(generation),
+            digest=_digest(files),
+        )
+
+
+def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        return msgspec.json.decode(files[name], type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise CardError(f"{name} is not a JSON object: {error}") from error
+
+
+def _eos_ids(tokenizer: TextTokenizer, *configs: Mapping[str, Any]) -> tuple[int, ...]:
+    found: set[int] = set()
+    for config in configs:
+        value = config.get("eos_token_id", _text_config(config).get("eos_token_id"))
+        found.update([value] if isinstance(value, int) else value or [])
+    eos = tokenizer.special_tokens.get("eos_token")
+    eos_id = tokenizer.id_of(eos) if eos is not None else None
+    if eos_id is not None:
+        found.add(eos_id)
+    return tuple(sorted(found))
+
+
+def _vocab_size(tokenizer: TextTokenizer, config: Mapping[str, Any]) -> int:
+    size = config.get("vocab_size", _text_config(config).get("vocab_size"))
+    return size if isinstance(size, int) else tokenizer.num_tokens
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Models that also see or hear keep the language model's part below `text_config`."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else {}
+
+
+def _defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+    chosen = {name: generation[name] for name in names if generation.get(name) is not None}
+    try:
+        return msgspec.convert(chosen, SamplingDefaults)
+    except msgspec.ValidationError as error:
+        raise CardError(f"generation_config.json: {error}") from error
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + hashlib.blake2b(files[name]).digest())
+    return digest.hexdigest()
