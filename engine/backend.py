@@ -72,8 +72,12 @@ class TorchBackend:
         return product
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """By torch's own operator."""
-        return functional.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+        """In float32 throughout. For half precision by fewer passes than torch's own operator takes on a CPU."""
+        if hidden.dtype is torch.float32:
+            return functional.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square_().div_(hidden.shape[-1]).add_(eps))
+        return (hidden * scale).mul_(weight).to(hidden.dtype)
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """In two elementwise passes."""

@@ -48,9 +48,8 @@ class DecodeScheduler:
 
     def __init__(self, pool: PagePool, cache: PrefixCache, limits: DecodeLimits) -> None:
         if limits.max_model_len > pool.num_pages * pool.page_size:
-            raise ValueError(
-                f"max_model_len is {limits.max_model_len}, the pool holds {pool.num_pages * pool.page_size} tokens"
-            )
+            num_tokens = pool.num_pages * pool.page_size
+            raise ValueError(f"max_model_len is {limits.max_model_len}, the pool holds {num_tokens} tokens")
         self._pool = pool
         self._cache = cache
         self._limits = limits
@@ -165,10 +164,7 @@ class DecodeScheduler:
         return sequence
 
     def cancel_reservation(self, reservation: Reservation, writer_done: bool) -> None:
-        """Give a reservation's pages back. Idempotent.
-
-        Unless the writer is known to have stopped, its pages are quarantined until `writer_gone`.
-        """
+        """Give a reservation's pages back; quarantine them unless the writer has stopped. Idempotent."""
         self._reservations.cancel(reservation, writer_done=writer_done)
 
     def writer_gone(self, generation: int) -> None:
@@ -208,14 +204,13 @@ class DecodeScheduler:
             elif len(self._running) == 1 and (self.num_reserved or self.num_paused):
                 break
             else:
-                self._give_back(self._running[-1])
+                last = self._running[-1]
+                self.release(last)
+                self._returned.append(last)
         return self._in_flight.start(StepPlan(tuple(rows))) if rows else None
 
     def take_returned(self) -> list[Sequence]:
-        """Sequences given back since the last call: no longer here, without pages, for replay elsewhere.
-
-        `to_passport()` of each says where it stands.
-        """
+        """Sequences given back since the last call, for replay elsewhere: no longer here, without pages."""
         returned, self._returned = self._returned, []
         return returned
 
@@ -246,10 +241,7 @@ class DecodeScheduler:
         return StepProgress(tuple(rows))
 
     def abort(self, request_id: str, epoch: int) -> list[Sequence]:
-        """Forget this request at epochs up to and including `epoch`; see `Scheduler.abort`.
-
-        Reservations are not touched: whoever runs their hand-off knows whether the writer has stopped.
-        """
+        """See `Scheduler.abort`. Leaves reservations: their hand-off knows whether the writer has stopped."""
         ended = self._sequences.up_to(request_id, epoch)
         for sequence in ended:
             self.release(sequence)
@@ -302,10 +294,6 @@ class DecodeScheduler:
         except OutOfPages:
             return False
         return True
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self.release(sequence)
-        self._returned.append(sequence)
 
     def _free_pages(self, sequence: Sequence) -> None:
         self._pool.release(sequence.page_table)

@@ -36,7 +36,7 @@ class Rotary:
     def cos_sin(
         self, positions: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, each `[T, 1, D]` of `dtype`, both halves of D alike.
+        """Cosine and sine, each `[T, 1, R]` of `dtype`.
 
         Args:
             positions: [T] int64, from 0.
@@ -46,8 +46,7 @@ class Rotary:
         frequencies = self._frequencies
         if self.needs_lengths:
             frequencies = self._dynamic_frequencies(lengths)  # [T, R]
-        angles = positions.to(torch.float32).unsqueeze(-1) * frequencies  # [T, R] float32
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # [T, 1, D]
+        angles = (positions.to(torch.float32).unsqueeze(-1) * frequencies).unsqueeze(1)  # [T, 1, R] float32
         scale = self._config.attention_factor
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
@@ -65,15 +64,17 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
     Args:
         heads: [T, H, D] queries or keys; not mutated.
-        cos: [T, 1, D], same dtype.
-        sin: [T, 1, D], same dtype.
+        cos: [T, 1, R], same dtype.
+        sin: [T, 1, R], same dtype.
 
     Returns:
         [T, H, D], new memory.
     """
     half = heads.shape[-1] // 2
-    turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
-    return (heads * cos).add_(turned.mul_(sin))
+    turned = heads * torch.cat((cos, cos), dim=-1)
+    turned[..., :half].addcmul_(heads[..., half:], sin, value=-1)
+    turned[..., half:].addcmul_(heads[..., :half], sin)
+    return turned
 
 
 def inverse_frequencies(config: RopeConfig) -> torch.Tensor:

@@ -14,12 +14,12 @@ from collections.abc import Sequence as Many
 
 import torch
 
-from engine.candidates import draw, keep_candidates
+from engine.candidates import Cuts, draw
 from engine.logit_edits import edit_row, needs_edits
 from engine.noise import as_int64, uniforms
 from engine.plan import Failed, Sampled
 from engine.sequence import Sequence
-from fleet.types import SamplingParams, TokenLogprob, TopLogprob
+from fleet.types import TokenLogprob, TopLogprob
 
 LOGPROB_FLOOR = -9999.0  # JSON has no infinity; OpenAI's API uses the same value for "as good as impossible"
 
@@ -49,7 +49,8 @@ def sample(logits: torch.Tensor, sequences: Many[Sequence]) -> list[Sampled | Fa
     drawing = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0 and row not in failed]
     if drawing:
         index = torch.tensor(drawing, device=logits.device)
-        scores = (logits if len(drawing) == len(sequences) else logits[index]) - best_scores[index].unsqueeze(1)
+        scores = logits if len(drawing) == len(sequences) else logits[index]
+        scores.sub_(best_scores[index].unsqueeze(1))
         chosen[index] = _draw_rows(scores, [sequences[row] for row in drawing])
     ids = chosen.tolist()
     return [
@@ -65,21 +66,14 @@ def _draw_rows(scores: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
     temperatures = torch.tensor([one.temperature for one in params], dtype=torch.float32, device=device)
     # The best score is 0, so no temperature however small can overflow it.
     scores.div_(temperatures.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1))
-    if any(map(_cuts, params)):
-        keep_candidates(
-            scores,
-            torch.tensor([max(one.top_k, 0) for one in params], device=device),
-            torch.tensor([one.top_p for one in params], dtype=torch.float32, device=device),
-            torch.tensor([one.min_p for one in params], dtype=torch.float32, device=device),
-        )
+    cuts = Cuts(
+        torch.tensor([one.top_k for one in params], device=device),
+        torch.tensor([one.top_p for one in params], dtype=torch.float32, device=device),
+        torch.tensor([one.min_p for one in params], dtype=torch.float32, device=device),
+    )
     seeds = torch.tensor([as_int64(one.seed) for one in params], dtype=torch.int64, device=device)
     indexes = torch.tensor([sequence.num_output_tokens for sequence in sequences], device=device)
-    return draw(scores, uniforms(seeds, indexes))
-
-
-def _cuts(params: SamplingParams) -> bool:
-    """Whether any candidate may be dropped."""
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return draw(scores, cuts, uniforms(seeds, indexes))
 
 
 class _RawLogprobs:

@@ -56,7 +56,7 @@ def tokens_of(text: str) -> list[int]:
 
 
 def hash_of(word: str, start: int) -> int:
-    return sum(ord(letter) * 31**place for place, letter in enumerate(word[start : start + 3])) % 50_000
+    return int.from_bytes(word[start : start + 3].encode(), "big") % 50_000
 
 
 @contextlib.contextmanager

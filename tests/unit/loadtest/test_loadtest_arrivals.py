@@ -129,7 +129,7 @@ def test_a_length_below_the_template_gives_one_word() -> None:
 
 
 def test_shared_prefixes_repeat_and_the_rest_does_not() -> None:
-    options = {"prompt_len": parse_lengths("-", "60:90"), "shared_prefix_len": 40, "num_prefixes": 3}
+    options: dict[str, Any] = {"prompt_len": parse_lengths("-", "60:90"), "shared_prefix_len": 40, "num_prefixes": 3}
     prompts = prompts_of(workload(exact_sizes(), **options), 60)
     assert len(set(prompts)) == 60
     starts = {" ".join(prompt.split()[:15]) for prompt in prompts}

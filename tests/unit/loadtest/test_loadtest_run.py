@@ -46,7 +46,8 @@ def test_an_open_loop_measures_what_the_server_does(tmp_path: Path, capsys: pyte
     due = [one["scheduled_s"] for one in report["requests"]]
     assert due == sorted(due)
     for one in report["requests"]:
-        assert one["scheduled_s"] <= one["sent_s"] <= one["content_times_s"][0] <= one["end_s"]
+        # The event loop's timers have a grain of a millisecond, either way.
+        assert one["scheduled_s"] - 0.002 <= one["sent_s"] < one["content_times_s"][0] <= one["end_s"]
         assert (one["outcome"], one["status"], one["num_chunks"]) == ("ok", 200, 6)
     assert report["client"]["loop_lag_s"]["count"] > 10
     printed = capsys.readouterr().out
@@ -86,17 +87,24 @@ def test_failures_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[s
             time.sleep(0.01)
     assert code == 0
     outcomes = sorted(one["outcome"] for one in report["requests"])
-    assert outcomes == sorted(
-        ["rejected", "http_error", "stream_error", "disconnected", "disconnected", "bad_answer", "bad_answer"]
-        + ["timeout", "ok"]
-    )
+    assert outcomes == [
+        "bad_answer",
+        "bad_answer",
+        "disconnected",
+        "disconnected",
+        "http_error",
+        "ok",
+        "rejected",
+        "stream_error",
+        "timeout",
+    ]
     summary = report["summary"]
     assert (summary["num_ok"], summary["num_rejected"], summary["num_failed"]) == (1, 1, 7)
     assert summary["errors"]["http 503"] == 1
     [rejected] = [one for one in report["requests"] if one["outcome"] == "rejected"]
     assert (rejected["status"], rejected["error"], rejected["retry_after_s"]) == (429, "full", 0.2)
     [timed_out] = [one for one in report["requests"] if one["outcome"] == "timeout"]
-    assert 0.6 <= timed_out["e2e_s"] < 1.5
+    assert 0.59 < timed_out["e2e_s"] < 2
     assert fake.abandoned >= 1  # the server saw the client leave
     printed = capsys.readouterr().out
     assert "http 503: 1" in printed
@@ -108,8 +116,8 @@ def test_a_closed_loop_rests_after_a_rejection(tmp_path: Path) -> None:
         code, report = command(fake, tmp_path, "--concurrency", "1", "--num-requests", "3", "--output-len", "3")
     assert code == 1  # every request failed
     sent = [one["sent_s"] for one in report["requests"]]
-    assert sent[1] - sent[0] >= 0.2
-    assert sent[2] - sent[1] >= 0.2
+    assert sent[1] - sent[0] > 0.19
+    assert sent[2] - sent[1] > 0.19
 
 
 def test_chunks_of_several_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

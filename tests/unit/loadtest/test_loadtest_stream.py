@@ -52,9 +52,11 @@ def test_an_event_is_given_out_with_its_last_byte() -> None:
 
 def test_an_endless_event_is_refused() -> None:
     parser = SseParser()
+    mebibyte = b"x" * 2**20
+    for _ in range(MAX_EVENT_BYTES // len(mebibyte)):
+        assert parser.feed(mebibyte) == []
     with pytest.raises(BadAnswer):
-        for _ in range(MAX_EVENT_BYTES // 2**20 + 1):
-            parser.feed(b"x" * 2**20)
+        parser.feed(mebibyte)
 
 
 def streamed(*pieces: bytes, status: int = 200) -> StreamSink:
@@ -125,10 +127,10 @@ class Body:
         self.status = 0
         self.data = b""
 
-    def on_head(self, status: int, headers: dict[str, str], at_s: float) -> None:
+    def on_head(self, status: int, headers: dict[str, str], at_s: float) -> None:  # noqa: ARG002
         self.status = status
 
-    def on_body(self, data: bytes, at_s: float) -> None:
+    def on_body(self, data: bytes, at_s: float) -> None:  # noqa: ARG002
         self.data += data
 
 
