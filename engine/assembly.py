@@ -89,7 +89,9 @@ class OpenModel:
                 dtype=self.model.dtype,
             )
         pool = PagePool(plan.num_pages, plan.page_size)
-        cache = PrefixCache(pool, fingerprint, enabled=self.settings.prefix_cache)
+        # Under dynamic rope the keys of a long prompt depend on its length, so equal tokens are not equal pages.
+        reusable = not config.rotation_salt(plan.max_model_len)
+        cache = PrefixCache(pool, fingerprint, enabled=self.settings.prefix_cache and reusable)
         return Engine(plan.page_bytes, pool, cache, ModelRunner(self.model, tensor, plan.page_size))
 
 
@@ -146,7 +148,7 @@ def _resolve_device(name: str) -> str:
 
 
 def _model_len(settings: WorkerSettings, loaded: LoadedModel) -> int:
-    longest = loaded.config.max_position_embeddings
+    longest = loaded.config.max_length
     if settings.max_model_len > longest:
         raise SettingsError(
             f"BATON_MAX_MODEL_LEN = {settings.max_model_len}, but the model is made for {longest} tokens"

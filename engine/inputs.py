@@ -15,7 +15,7 @@ from engine.plan import Row
 
 # A decode group's keys and values are gathered into one buffer before attention. One that fits the caches is read
 # back from there; past this size, rows of their own are faster than a batch (measured on a 2 MB-L2 server core).
-GROUP_BYTES = 6 * 2**20
+GROUP_BYTES = 3 * 2**20
 # A shorter row in a group is padded to the longest: more than this share of padding costs more than a further call.
 _MAX_PADDING = 0.25
 

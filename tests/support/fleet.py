@@ -120,7 +120,7 @@ class Fleet:
                 self._require_alive(service)
             answer = httpx.get(f"{self.url}/health/ready").json()
             return any(
-                entry["num_prefill"] >= prefill and entry["num_decode"] >= decode
+                entry["prefill_workers"] >= prefill and entry["decode_workers"] >= decode
                 for entry in answer["models"]
                 if model is None or entry["model"] == model
             )
