@@ -15,7 +15,7 @@ from gateway.api import endpoints, operations
 from gateway.api.auth import KeyGuard, KeyStore
 from gateway.api.config import ApiConfig
 from gateway.api.context import ApiContext
-from gateway.api.documentation import openapi_config
+from gateway.api.documentation import document_bodies, openapi_config
 from gateway.api.http_metrics import HttpMetrics
 from gateway.api.rate_limit import RateLimiter
 from gateway.api.replies import exception_handlers
@@ -39,7 +39,7 @@ def create_app(
     Args:
         pipeline: where tokens come from.
         config: what the HTTP half needs to be told.
-        keys: where API keys are known; needed with `config.require_keys`.
+        keys: where API keys are known and whether they are needed; None: open to all.
         limiter: counts per-key quotas; in this process alone by default.
         registry: shown on `/metrics`, and given the HTTP figures. A fresh one by default.
         lifespan: entered in order at start, left in reverse at shutdown.
@@ -47,7 +47,7 @@ def create_app(
     context = ApiContext(pipeline, config, limiter or RateLimiter.in_memory())
     shown = registry or CollectorRegistry()
     metering: list[ASGIMiddleware] = [HttpMetrics(shown)]
-    return Litestar(
+    app = Litestar(
         route_handlers=[
             endpoints.chat_completions,
             endpoints.completions,
@@ -63,7 +63,7 @@ def create_app(
             "api": Provide(lambda: context, sync_to_thread=False),
             "registry": Provide(lambda: shown, sync_to_thread=False),
         },
-        guards=[KeyGuard(keys, required=config.require_keys)],
+        guards=[KeyGuard(keys)],
         middleware=metering,
         exception_handlers=exception_handlers(),
         before_send=[add_request_id],
@@ -73,6 +73,8 @@ def create_app(
         lifespan=list(lifespan),
         logging_config=None,
     )
+    document_bodies(app)
+    return app
 
 
 def _cors(origins: Sequence[str]) -> CORSConfig | None:

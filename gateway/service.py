@@ -24,9 +24,9 @@ from fleet.registry import Registry
 from fleet.request_state import RequestStateWriter
 from fleet.service_settings import GatewaySettings
 from fleet.types import PeerRef
-from gateway.api.app import create_app
 from gateway.api.config import ApiConfig
 from gateway.api.rate_limit import RateLimiter
+from gateway.app import create_app
 from gateway.catalog import Catalog
 from gateway.directory import Directory, Worker
 from gateway.fleet_pipeline import FleetPipeline
@@ -140,8 +140,8 @@ async def _run(
             max_body_bytes=settings.max_body_bytes,
             cors_origins=tuple(origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()),
         ),
-        key_store=keys,
-        limiter=RateLimiter.on_redis(settings.redis_url, namespace=settings.namespace),
+        keys=keys,
+        limiter=RateLimiter.on_redis(redis, namespace=settings.namespace),
         registry=metrics.registry,
     )
     server = _Server(

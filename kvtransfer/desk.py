@@ -37,13 +37,12 @@ class HandOffDesk:
         self._pulse = pulse
 
     def on_message(self, message: HandOffMessage, frames: Sequence[memoryview], now_s: float) -> list[Action]:
-        """Whatever came over the bus. Messages of a process life that is over are dropped."""
+        """Whatever came over the bus. A sign of a new life of a peer closes the hand-offs with its former one."""
         actions: list[Action] = []
         sender = _sender(message)
         if sender is not None:
             self._pulse.follow(self._peers(), now_s)
-            if not self._pulse.heard(sender, now_s):
-                return []
+            self._pulse.heard(sender, now_s)
             for former in self._pulse.former_lives(sender, now_s):
                 actions += self._lose(former, "it has restarted", now_s)
         actions += self._on_alive(message, now_s) if isinstance(message, Alive) else []

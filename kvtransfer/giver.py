@@ -130,7 +130,7 @@ class Giver:
     def on_grant(self, grant: Grant, now_s: float) -> list[Action]:
         """A taker has room. A Grant that nobody waits for is sent back, so that its pages are free again."""
         outgoing, attempt = self._book.of_offer(grant.offer)
-        if outgoing is None or attempt is None:
+        if outgoing is None or attempt is None or attempt.generation not in {0, grant.generation}:
             self._decline(grant)
         elif outgoing.state is GiverState.OFFERED:  # else a repetition
             attempt.grant = grant
@@ -238,7 +238,7 @@ class Giver:
         """A taker closed a grant, and asks to hear when no write of it is in flight."""
         outgoing, attempt = self._book.of_offer(abort.offer)
         released = Released(request_id=abort.request_id, epoch=abort.epoch, generation=abort.generation)
-        if outgoing is None or attempt is None:
+        if outgoing is None or attempt is None or attempt.generation not in {0, abort.generation}:
             if belongs_to(abort.offer, self._config.peer.incarnation):
                 self._book.send(abort.sender, released)
         elif outgoing.state is GiverState.COMMITTED:

@@ -34,13 +34,10 @@ class Pulse:
         self._last_beat_s: float | None = None
         self._last_tick_s: float | None = None
 
-    def heard(self, peer: PeerRef, now_s: float) -> bool:
-        """Note a sign of life; False if this process life is over, so that the message must be dropped."""
-        if self._void.get((peer.name, peer.incarnation), now_s):
-            return False
+    def heard(self, peer: PeerRef, now_s: float) -> None:
+        """Note a sign of life of a peer with which we share hand-offs."""
         if (known := self._heard.get(peer)) is not None:
             known.at_s = now_s
-        return True
 
     def in_order(self, alive: Alive) -> bool:
         """Whether this Alive is newer than the last one of its sender, whose hand-offs we share. Mutates: the count."""
@@ -51,7 +48,14 @@ class Pulse:
         return True
 
     def former_lives(self, peer: PeerRef, now_s: float) -> list[PeerRef]:
-        """Other incarnations of this peer with which we share hand-offs; they are void from now on."""
+        """Other incarnations of a peer just heard, with which we share hand-offs; they are void from now on.
+
+        None if this one was voided before: a message that it sent before its end can come after its successor's.
+        Incarnations have no order of their own, so that a late word of a life unknown so far may void its successor's
+        hand-offs; they begin anew then, and as no message is dropped for it, nothing else is lost.
+        """
+        if self._void.get((peer.name, peer.incarnation), now_s):
+            return []
         former = [p for p in self._heard if p.name == peer.name and p.incarnation != peer.incarnation]
         for void in former:
             self._void.put((void.name, void.incarnation), True, now_s)

@@ -18,9 +18,9 @@ def print_report(result: Result, console: Console) -> None:
         loop += f", at most {settings.concurrency} in flight"
     state = " (interrupted)" if result.interrupted else ""
     console.print(f"{result.target.model} at {settings.url}: {loop}{state}", markup=False, highlight=False)
-    console.print(_counts(result))
-    console.print(_latencies(summary))
-    console.print(_client(result))
+    for table in (_counts(result), _latencies(summary), _client(result)):
+        console.print()
+        console.print(table)
     for line in _remarks(result):
         console.print(line, markup=False, highlight=False)
 

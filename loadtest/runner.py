@@ -13,6 +13,7 @@ from loadtest.workload import Call, Workload
 # a full server would be hammered as fast as it can refuse.
 _MIN_REST_S = 0.1
 _MAX_REST_S = 30.0
+_CATCH_UP = 16
 
 
 class Limit(msgspec.Struct, frozen=True):
@@ -51,9 +52,11 @@ class Runner:
 
     async def closed_loop(self, num_users: int) -> None:
         """Let each of ``num_users`` send its next request when its last one has ended."""
+        # All users start at once: making their first prompts then would make the later ones late.
+        calls = [self._workload.next_call() for _ in range(min(num_users, self._limit.num_requests or num_users))]
         async with asyncio.TaskGroup() as group:
-            for _ in range(num_users):
-                self._spawn(group, self._user())
+            for call in calls:
+                self._spawn(group, self._user(call))
 
     def stop(self) -> None:
         """Send no more and cancel what is in flight; the loop then returns. Idempotent."""
@@ -68,7 +71,10 @@ class Runner:
             if self._limit.reached(number, due_s):
                 return
             call = self._workload.next_call()  # made ahead of time, so that its making delays nothing
-            await asyncio.sleep(max(0.0, due_s - self._client.now_s()))
+            early_s = due_s - self._client.now_s()
+            # Late arrivals are caught up with together: one per turn of a busy loop might never catch up.
+            if early_s > 0 or number % _CATCH_UP == 0:
+                await asyncio.sleep(max(0.0, early_s))
             if gate is not None:
                 full = gate.locked()
                 await gate.acquire()
@@ -93,10 +99,12 @@ class Runner:
             if gate is not None:
                 gate.release()
 
-    async def _user(self) -> None:
+    async def _user(self, first: Call) -> None:
+        call: Call | None = first
         while not self._limit.reached(self._num_taken, free_s := self._client.now_s()):
             self._num_taken += 1
-            record = await self._client.send(self._workload.next_call(), scheduled_s=free_s)
+            record = await self._client.send(call or self._workload.next_call(), scheduled_s=free_s)
+            call = None
             rest_s = _rest_s(record)
             if rest_s > 0 and not self._limit.reached(self._num_taken, self._client.now_s() + rest_s):
                 await asyncio.sleep(rest_s)

@@ -50,9 +50,9 @@ class Server:
         secure = parts.scheme == "https"
         self.base = parts.path.rstrip("/") or "/v1"
         self.root = self.base.removesuffix("/v1")
-        self.address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        self.address = f"{parts.scheme}://{parts.netloc}"
         headers = {
-            "Host": parts.netloc.rpartition("@")[2],
+            "Host": parts.netloc,
             "User-Agent": f"baton-loadtest/{__version__}",
             "Accept-Encoding": "identity",
         }

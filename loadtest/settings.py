@@ -98,6 +98,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise BadArgument("--url", f"cannot read {self.url!r}: {error}") from error
         if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
             raise BadArgument("--url", f"{self.url!r} is not an HTTP address; give one like http://127.0.0.1:8000/v1")
+        if parts.username is not None:
+            raise BadArgument("--url", "holds a user name; put credentials into --api-key or --header")
         for name, value in self.headers.items():
             if not (f"{name}{value}".isprintable() and f"{name}{value}".isascii() and name):
                 raise BadArgument("--header", f"{name!r} holds a character that no HTTP header may hold")

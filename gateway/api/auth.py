@@ -24,6 +24,11 @@ class KeyStoreUnavailable(Exception):
 class KeyStore(Protocol):
     """Where API keys are known."""
 
+    @property
+    def required(self) -> bool:
+        """Whether requests must carry a key now."""
+        ...
+
     async def lookup(self, secret: str) -> ApiKey | None:
         """The key that a secret belongs to, or None. Raises: KeyStoreUnavailable."""
         ...
@@ -32,12 +37,9 @@ class KeyStore(Protocol):
 class MemoryKeyStore:
     """Keys in memory, by the hash of their secret as `fleet.keys.KeyRegistry.by_hash` returns them."""
 
-    def __init__(self, by_hash: Mapping[str, ApiKey]) -> None:
+    def __init__(self, by_hash: Mapping[str, ApiKey], *, required: bool = True) -> None:
         self._by_hash = dict(by_hash)
-
-    def replace(self, by_hash: Mapping[str, ApiKey]) -> None:
-        """Forget all keys and know these instead."""
-        self._by_hash = dict(by_hash)
+        self.required = required
 
     async def lookup(self, secret: str) -> ApiKey | None:
         """See `KeyStore`."""
@@ -47,24 +49,23 @@ class MemoryKeyStore:
 class KeyGuard:
     """A Litestar guard: runs before the body is read and puts the caller's key into the connection's state.
 
-    Routes with the option `open` pass. Without a store, or with `required` false and no key sent, everybody passes.
+    Routes with the option `open` pass. Without a store, or while it requires none, everybody passes.
     """
 
-    def __init__(self, store: KeyStore | None, *, required: bool) -> None:
+    def __init__(self, store: KeyStore | None) -> None:
         self._store = store
-        self._required = required
 
     async def __call__(
         self, connection: ASGIConnection[BaseRouteHandler, Any, Any, Any], handler: BaseRouteHandler
     ) -> None:
         """Raises: InvalidKey; Unavailable if the keys cannot be looked up."""
-        if handler.opt.get(OPEN) or not self._required:
+        if handler.opt.get(OPEN) or self._store is None or not self._store.required:
             return
         secret = _bearer(connection.headers.get("authorization"))
         if secret is None:
             raise InvalidKey("You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'.")
         try:
-            key = await self._store.lookup(secret) if self._store is not None else None
+            key = await self._store.lookup(secret)
         except KeyStoreUnavailable as error:
             raise Unavailable("API keys cannot be checked at the moment.", retry_after_s=1) from error
         if key is None:

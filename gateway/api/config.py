@@ -10,14 +10,12 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         version: of Baton, shown in `/schema` and part of `system_fingerprint`.
-        require_keys: answer 401 to requests without a known API key.
         max_body_bytes: larger request bodies get 413.
         max_generations: prompts times `n` that one request may start.
         cors_origins: origins that browsers may call from; empty: no CORS headers at all.
     """
 
     version: str = "0"
-    require_keys: bool = False
     max_body_bytes: int = 16 * 2**20
     max_generations: int = 1024
     cors_origins: tuple[str, ...] = ()

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
-from litestar import Router
+from litestar import Litestar, Router
 from litestar.connection import Request
 from litestar.openapi import OpenAPIConfig, ResponseSpec
 from litestar.openapi.plugins import (
@@ -26,6 +26,7 @@ from litestar.openapi.spec import (
     Operation,
     Reference,
     RequestBody,
+    Schema,
     SecurityScheme,
 )
 
@@ -75,13 +76,12 @@ def answers(success: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
 
 def openapi_config(version: str) -> OpenAPIConfig:
     """Litestar's OpenAPI configuration: our own page at `/schema`, JSON, YAML, and two that need the internet."""
-    _, schemas = msgspec.json.schema_components(_BODIES, ref_template=_TEMPLATE)
     bearer = SecurityScheme(type="http", scheme="bearer", description="An API key")
     return OpenAPIConfig(
         title="Baton",
         version=version,
         description="OpenAI-compatible API of a disaggregated language-model server.",
-        components=Components(schemas=dict[str, Any](schemas), security_schemes={"apiKey": bearer}),
+        components=Components(security_schemes={"apiKey": bearer}),
         security=[{"apiKey": []}],
         openapi_router=Router("/schema", route_handlers=[], opt={OPEN: True}),
         render_plugins=[
@@ -92,6 +92,13 @@ def openapi_config(version: str) -> OpenAPIConfig:
             SwaggerRenderPlugin(path="/swagger"),
         ],
     )
+
+
+def document_bodies(app: Litestar) -> None:
+    """Add the schemas of request bodies to those that Litestar has found. Mutates: the app's OpenAPI document."""
+    _, schemas = msgspec.json.schema_components(_BODIES, ref_template=_TEMPLATE)
+    components = app.openapi_schema.components
+    components.schemas = {**(components.schemas or {}), **cast("dict[str, Schema]", schemas)}
 
 
 class PlainPage(OpenAPIRenderPlugin):

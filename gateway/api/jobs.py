@@ -83,7 +83,10 @@ class Output:
         self.num_cached_tokens = 0
 
     async def run(self, sink: Sink) -> None:
-        """Hand every piece to the sink. Raises: ApiError if the generation fails."""
+        """Hand every piece to the sink; the first one even if it is empty, so that a stream can open.
+
+        Raises: ApiError if the generation fails."""
+        opened = False
         async for tokens in self.generation:
             self.num_cached_tokens = max(self.num_cached_tokens, tokens.cached_tokens)
             if tokens.finish in {FinishReason.ERROR, FinishReason.CANCELLED}:
@@ -94,8 +97,9 @@ class Output:
                     self.generation.stop(self.assembler.num_tokens)
                 await sink(self, piece)
                 return
-            if piece.text or piece.tokens or piece.finish is not None:
+            if piece.text or piece.tokens or piece.finish is not None or not opened:
                 await sink(self, piece)
+                opened = True
             if piece.finish is not None:
                 return
         raise GenerationFailed("The generation ended without a reason.")

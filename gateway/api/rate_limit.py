@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from urllib.parse import urlsplit
+from typing import cast
 
 import structlog
 from limits import RateLimitItemPerMinute
@@ -17,6 +17,7 @@ from limits.aio.storage import MemoryStorage, RedisStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
 
 from fleet.keys import ApiKey
+from fleet.redis_client import UNAVAILABLE, Redis
 from gateway.errors import RateLimited
 
 Headers = dict[str, str]
@@ -42,14 +43,18 @@ class RateLimiter:
         return cls(MemoryStorage())
 
     @classmethod
-    def on_redis(cls, redis_url: str, *, namespace: str) -> RateLimiter:
-        """A limiter shared through Redis (`redis://`, `rediss://` or `unix://`); keys begin with `namespace`."""
-        import redis
+    def on_redis(cls, client: Redis, *, namespace: str) -> RateLimiter:
+        """A limiter shared through Redis, over the connections of a client that the caller closes.
 
-        scheme = urlsplit(redis_url).scheme
-        prefix = "async+redis+" if scheme == "unix" else "async+"
-        storage = RedisStorage(prefix + redis_url, implementation="redispy", key_prefix=f"{namespace}:limits")
-        return cls(storage, (redis.RedisError, OSError))
+        Keys begin with `{namespace}:limits`.
+        """
+        storage = RedisStorage(
+            "async+redis://",  # never dialled: the pool knows the address
+            implementation="redispy",
+            key_prefix=f"{namespace}:limits",
+            connection_pool=cast("str", client.connection_pool),  # `limits` declares its options too narrowly
+        )
+        return cls(storage, UNAVAILABLE)
 
     async def admit(self, key: ApiKey | None, num_prompt_tokens: int) -> Headers:
         """Charge one request and its prompt. Returns the `x-ratelimit-*` headers; none for an unlimited key.

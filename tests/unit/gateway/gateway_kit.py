@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import uvicorn
+from gateway.app import create_app
 from litestar import Litestar
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fleet.types import FinishReason, SamplingParams, TokenLogprob, TopLogprob
 from gateway.api.config import ApiConfig
-from gateway.app import create_app
 from gateway.errors import PipelineError
 from gateway.pipeline import ModelReadiness, Readiness, ServedModel, Tokens
 from gateway.text.card import ModelCard

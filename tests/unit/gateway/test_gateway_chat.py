@@ -99,7 +99,7 @@ async def test_no_line_reader_can_break_an_event(client: Client, pipeline: FakeP
     pipeline.text = "a\u2028b\x85c\u2029d\ne\rf\x0bg"
     response = await client.post(PATH, json={"model": MODEL, "messages": HELLO, "stream": True})
     for line in response.text.splitlines():
-        assert line == "" or line == "data: [DONE]" or json.loads(line.removeprefix("data: "))
+        assert line in {"", "data: [DONE]"} or json.loads(line.removeprefix("data: "))
 
 
 async def test_without_include_usage_no_chunk_speaks_of_usage(client: Client) -> None:

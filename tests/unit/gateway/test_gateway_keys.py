@@ -11,7 +11,7 @@ from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
 from fleet.keys import ApiKey, hash_secret
-from fleet.redis_client import Redis
+from fleet.redis_client import Redis, as_bytes
 from gateway.api.auth import KeyStoreUnavailable, MemoryKeyStore
 from gateway.api.rate_limit import RateLimiter
 from gateway.errors import RateLimited
@@ -24,7 +24,7 @@ CHAT = "/v1/chat/completions"
 
 def app_with(pipeline: FakePipeline, limiter: RateLimiter | None = None, **fields: Any) -> Litestar:
     key = ApiKey(key_id="0", name="test", created_s=0, **fields)
-    return make_app(pipeline, require_keys=True, keys=MemoryKeyStore({hash_secret(SECRET): key}), limiter=limiter)
+    return make_app(pipeline, keys=MemoryKeyStore({hash_secret(SECRET): key}), limiter=limiter)
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -60,9 +60,14 @@ async def test_health_metrics_and_schema_need_no_key(pipeline: FakePipeline) -> 
         assert (await client.get("/nope")).status_code == 404
 
 
-async def test_without_configured_keys_everybody_may_ask(client: Client) -> None:
+async def test_a_key_is_asked_for_from_the_moment_the_store_says_so(client: Client, pipeline: FakePipeline) -> None:
     for headers in ({}, bearer("anything")):
         assert (await client.post(CHAT, json=BODY, headers=headers)).status_code == 200
+    store = MemoryKeyStore({}, required=False)
+    async with AsyncTestClient(make_app(pipeline, keys=store)) as other:
+        assert (await other.post(CHAT, json=BODY)).status_code == 200
+        store.required = True
+        assert (await other.post(CHAT, json=BODY)).status_code == 401
 
 
 async def test_a_key_may_be_bound_to_models(pipeline: FakePipeline) -> None:
@@ -78,10 +83,12 @@ async def test_a_key_may_be_bound_to_models(pipeline: FakePipeline) -> None:
 
 async def test_keys_that_cannot_be_looked_up_are_a_503(pipeline: FakePipeline) -> None:
     class Away:
+        required = True
+
         async def lookup(self, _: str) -> ApiKey | None:
             raise KeyStoreUnavailable
 
-    async with AsyncTestClient(make_app(pipeline, require_keys=True, keys=Away())) as client:
+    async with AsyncTestClient(make_app(pipeline, keys=Away())) as client:
         response = await client.post(CHAT, json=BODY, headers=bearer(SECRET))
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"
@@ -130,7 +137,7 @@ async def test_gateways_share_quotas_through_redis(redis: Redis) -> None:
     await first.charge_output(key, 60)
     free = ApiKey(key_id="k", name="n", created_s=0, tokens_per_minute=100)
     assert (await second.admit(free, 5))["x-ratelimit-remaining-tokens"] == "5"
-    assert all(name.startswith(b"t:limits") for name in await redis.keys())
+    assert all(as_bytes(name).startswith(b"t:limits") for name in await redis.keys())
 
 
 async def test_a_lost_storage_means_counting_alone() -> None:

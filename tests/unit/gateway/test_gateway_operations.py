@@ -90,7 +90,7 @@ async def test_browsers_may_call_where_origins_are_configured(pipeline: FakePipe
 def test_importing_the_gateway_brings_no_torch_and_is_quick() -> None:
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "import gateway.app\n"
+        "import gateway.app, gateway.service\n"
         "heavy = {'torch', 'triton', 'cupy', 'transformers', 'numpy'} & set(sys.modules)\n"
         "print(sorted(heavy), time.process_time())"
     )

@@ -103,7 +103,7 @@ async def test_errors_become_the_sdks_classes(sdk: openai.AsyncOpenAI, pipeline:
 
 async def test_a_wrong_key_with_the_sdk(pipeline: FakePipeline) -> None:
     keys = MemoryKeyStore({hash_secret(SECRET): ApiKey(key_id="0", name="n", created_s=0)})
-    async with serving(make_app(pipeline, require_keys=True, keys=keys)) as url:
+    async with serving(make_app(pipeline, keys=keys)) as url:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 await client.models.list()
