@@ -157,6 +157,7 @@ class DecodeWorker:
     def on_adopted(self, sequence: Sequence) -> None:
         """A sequence starts here: its gateway learns who holds it now."""
         event = HandedOff(request_id=sequence.request_id, epoch=sequence.epoch)
+        _log.debug("sequence adopted", request_id=sequence.request_id, epoch=sequence.epoch)
         self.link.publish(sequence.passport.gateway, event)
         self.wake()
 

@@ -268,6 +268,18 @@ class RequestTable:
         self._metrics.e2e_seconds.labels(live.passport.model).observe(time.monotonic() - live.created_s)
         state = RequestState.FAILED if reason is FinishReason.ERROR else RequestState.FINISHED
         self._note_state(live, state, output_tokens=len(live.output), finish_reason=reason.value)
+        now_s = time.monotonic()
+        _log.info(
+            "request ended",
+            request_id=live.request_id,
+            model=live.passport.model,
+            reason=reason.value,
+            prompt_tokens=live.prompt_len,
+            output_tokens=len(live.output),
+            epoch=live.epoch,
+            ttft_ms=None if live.first_token_s is None else round((live.first_token_s - live.created_s) * 1e3, 1),
+            total_ms=round((now_s - live.created_s) * 1e3, 1),
+        )
 
     def close(self) -> None:
         """End everything; for a gateway that stops."""

@@ -87,7 +87,8 @@ async def _measure(
     workload = Workload(settings, server, target.model, target.dialect, target.sizes)
     limit = Limit(settings.num_requests, settings.duration_s)
     tally = Tally()
-    with quiet_collector():
+    view = ProgressView(console, tally, limit, _clock) if settings.progress else None
+    with view or contextlib.nullcontext(), quiet_collector():
         started_at = datetime.now(UTC)
         client = Client(server, tally, _clock, _clock(), settings.timeout_s)
         runner = Runner(client, workload, limit)
@@ -95,8 +96,8 @@ async def _measure(
         on_interrupt.call(runner.stop)
         async with asyncio.TaskGroup() as group:
             watchers = [group.create_task(monitor.watch())]
-            if settings.progress:
-                watchers.append(group.create_task(ProgressView(console, tally, limit, _clock).show()))
+            if view is not None:
+                watchers.append(group.create_task(view.show()))
             await _load(settings, runner)
             for watcher in watchers:
                 watcher.cancel()

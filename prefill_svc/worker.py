@@ -117,6 +117,7 @@ class PrefillWorker:
             self._finish(sequence, FinishReason.ERROR, str(error))
         else:
             self._requests[key] = request
+            _log.debug("prompt taken", request_id=key[0], epoch=key[1], num_tokens=len(passport.token_ids))
             self.wake()
 
     def _forget(self, request_id: str, epoch: int) -> None:

@@ -85,7 +85,8 @@ class Output:
     async def run(self, sink: Sink) -> None:
         """Hand every piece to the sink; the first one even if it is empty, so that a stream can open.
 
-        Raises: ApiError if the generation fails."""
+        Raises: ApiError if the generation fails.
+        """
         opened = False
         async for tokens in self.generation:
             self.num_cached_tokens = max(self.num_cached_tokens, tokens.cached_tokens)
@@ -199,7 +200,7 @@ async def _watch(receive: Receive) -> None:
     """Raises: ClientGone once the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    raise ClientGone
+    return
 
 
 def _most_telling(failures: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 NUM_OTHERS = 8
 OUTPUT_LEN = 24
 TOP = 5
-PROMPT_LENS = (75, 3, 40, 17, 16, 64, 33, 5, 90)
+PROMPT_LENS = (70, 3, 40, 17, 16, 64, 33, 5, 71)
 
 
 @pytest.fixture(scope="module")

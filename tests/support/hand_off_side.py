@@ -72,7 +72,7 @@ class Side:
                 bank=self.bank,
                 transports=transports,
                 send=self.bus.send,
-                events=self.news,  # type: ignore[arg-type]
+                events=self.news,
                 limits=LIMITS,
             )
         )

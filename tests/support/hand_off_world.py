@@ -7,13 +7,11 @@ that anything may come in between; frames read the giver's page on delivery, as 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
-
-from support.hand_off_bank import FakeBank
-from support.passports import GATEWAY, make_fingerprint
+from typing import TypeVar
 
 from fleet.messages import Grant, HandOffMessage, Offer, PoolRef
 from fleet.types import Passport, PeerRef, SamplingParams
@@ -26,7 +24,10 @@ from kvtransfer.limits import HandOffLimits
 from kvtransfer.outgoing_book import GiverConfig
 from kvtransfer.pulse import Pulse
 from kvtransfer.taker import Taker, TakerConfig
+from support.hand_off_bank import FakeBank
+from support.passports import GATEWAY, make_fingerprint
 
+N = TypeVar("N")
 PAGE_SIZE = 4
 PAGE_BYTES = 8
 GARBAGE = b"reused!!"
@@ -88,10 +89,10 @@ class Gate:
 
     words: dict[int, int] = field(default_factory=dict)
 
-    def open_pages(self, page_ids: Sequence[int], generation: int) -> None:
+    def open_pages(self, page_ids: Iterable[int], generation: int) -> None:
         self.words.update(dict.fromkeys(page_ids, generation))
 
-    def close_pages(self, page_ids: Sequence[int]) -> None:
+    def close_pages(self, page_ids: Iterable[int]) -> None:
         self.words.update(dict.fromkeys(page_ids, 0))
 
 
@@ -362,8 +363,8 @@ class World:
 
     # what must hold
 
-    def news_of(self, process: Process, *kinds: type) -> list[Action]:
-        return [news for news in process.news if isinstance(news, kinds)]
+    def news_of(self, process: Process, kind: type[N]) -> list[N]:
+        return [news for news in process.news if isinstance(news, kind)]
 
     def check_settled(self) -> None:
         """No live process keeps a hand-off or a page in transit; every start of one ended exactly once."""
@@ -377,7 +378,7 @@ class World:
             assert process.bank.in_transit() == {}, name
             assert not any(process.gate.words.values()), name
             starts = sum(giver is process for giver in self.started.values())
-            assert len(self.news_of(process, Given, HandOffFailed)) == starts, name
+            assert len(self.news_of(process, Given)) + len(self.news_of(process, HandOffFailed)) == starts, name
             assert len(self.news_of(process, ReleasePages)) == starts, name
             assert process.own_pages == {}, name
 

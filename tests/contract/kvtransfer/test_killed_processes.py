@@ -65,3 +65,18 @@ async def test_a_frozen_giver_blocks_pages_only_where_it_could_write(transport: 
             await process.wait()
         assert taker.bank.adopted == []
     sweep_stale()
+
+
+async def test_a_frozen_direct_givers_pages_come_back_when_it_dies() -> None:
+    async with Side("d", "shm", {}) as taker:
+        process = await start_giver("shm", taker)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            await until(lambda: taker.news.of("grant_closed"), within_s=3 * LIMITS.liveness_s)
+            await asyncio.sleep(2 * LIMITS.liveness_s)
+            assert taker.bank.pool.num_quarantined == 8, "silence is not death"
+        finally:
+            process.kill()
+        await until(lambda: taker.bank.is_whole, within_s=2 * LIMITS.liveness_s, what="pages are free")
+        await process.wait()
+    sweep_stale()

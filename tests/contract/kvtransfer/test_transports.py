@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 import pytest
 from support.hand_off_side import LIMITS, Gift, Side, until
@@ -60,6 +62,10 @@ async def test_chunks_flow_while_prefill_goes_on(transport: str, directory: Dire
         await until(lambda: taker.bank.adopted)
 
 
+def was_released(giver: Side, request_id: str) -> bool:
+    return (request_id, 0) in giver.news.of("release_pages")
+
+
 async def test_pages_that_the_taker_holds_are_skipped(transport: str, directory: Directory) -> None:
     async with Side("p", transport, directory) as giver, Side("d", transport, directory) as taker:
         for request_id in ("first", "second"):
@@ -67,7 +73,7 @@ async def test_pages_that_the_taker_holds_are_skipped(transport: str, directory:
             gift.offer(taker)
             gift.chunk(7)
             gift.commit()
-            await until(lambda wanted=request_id: (wanted, 0) in giver.news.of("release_pages"))
+            await until(partial(was_released, giver, request_id))
         moved = [given.num_moved_pages for given in giver.news.of("given")]
         held = [given.num_held_pages for given in giver.news.of("given")]
         assert (moved, held) == ([8, 1], [0, 7])

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import uvicorn
-from gateway.app import create_app
 from litestar import Litestar
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fleet.types import FinishReason, SamplingParams, TokenLogprob, TopLogprob
 from gateway.api.config import ApiConfig
+from gateway.app import create_app
 from gateway.errors import PipelineError
 from gateway.pipeline import ModelReadiness, Readiness, ServedModel, Tokens
 from gateway.text.card import ModelCard
@@ -234,8 +234,7 @@ async def serving(app: Litestar) -> AsyncIterator[str]:
         server = uvicorn.Server(config)
         async with asyncio.TaskGroup() as group:
             group.create_task(server.serve(sockets=[listener]))
-            while not server.started:
-                await asyncio.sleep(0.005)
+            await eventually(lambda: server.started)
             try:
                 yield f"http://127.0.0.1:{listener.getsockname()[1]}"
             finally:
@@ -245,5 +244,5 @@ async def serving(app: Litestar) -> AsyncIterator[str]:
 async def eventually(condition: Callable[[], bool], *, timeout_s: float = 3.0) -> None:
     """Wait until something is true. Raises: TimeoutError."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (what is awaited has no event of its own)
             await asyncio.sleep(0.005)

@@ -222,8 +222,8 @@ async def test_log_probabilities_join_to_a_text_cut_by_a_stop_string(client: Cli
 async def test_every_sampling_field_reaches_the_workers(client: Client, pipeline: FakePipeline) -> None:
     await ask(
         client, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
-        frequency_penalty=-0.5, logit_bias={"5": -100, "6": 3.5}, seed=-1, stop_token_ids=[9], min_tokens=2, max_tokens=5,
-        cache_salt="tenant", priority=-3, user="u", metadata={"a": "b"}, store=True, service_tier="auto",
+        frequency_penalty=-0.5, logit_bias={"5": -100, "6": 3.5}, seed=-1, stop_token_ids=[9], min_tokens=2,
+        max_tokens=5, cache_salt="tenant", priority=-3, user="u", metadata={"a": "b"}, store=True, service_tier="auto",
         prompt_cache_key="k", safety_identifier="s", parallel_tool_calls=True, response_format={"type": "text"},
         tools=[], tool_choice="none",
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.hand_off_world import LIMITS, PAGE_SIZE, World, page_name
+from support.hand_off_world import LIMITS, PAGE_SIZE, World, page_content, page_name
 
 from fleet.messages import Alive, Commit, Grant, Offer, Pages, RefuseReason, Released
 from kvtransfer.actions import (
@@ -40,12 +40,10 @@ def test_a_whole_hand_off_ends_in_one_adoption(transport: str) -> None:
     giver, taker = world.processes["giver-0"], world.processes["taker-0"]
     assert world.adoptions(("r", 0)) == 1
     [given] = world.news_of(giver, Given)
-    assert isinstance(given, Given)
     assert (given.num_moved_pages, given.num_held_pages, given.transport) == (6, 0, transport)
     order = [type(news) for news in giver.news]
     assert order.index(Committing) < order.index(Given) < order.index(ReleasePages)
     [adopted] = world.news_of(taker, Adopted)
-    assert isinstance(adopted, Adopted)
     assert len(adopted.passport.token_ids) == NUM_TOKENS + 1
     world.check_settled()
 
@@ -69,7 +67,6 @@ def test_killed_at_every_step(transport: str, victim: str, *, restart: bool) -> 
         assert world.adoptions(("r", 0)) <= 1
         for life in world.lives:
             for news in world.news_of(life, HandOffFailed):
-                assert isinstance(news, HandOffFailed)
                 assert news.reason in {FailReason.REFUSED, FailReason.UNCERTAIN}
                 if news.reason is FailReason.REFUSED:
                     assert world.adoptions(("r", 0)) == 0
@@ -103,7 +100,6 @@ def test_pages_of_a_stopped_direct_giver_are_quarantined_until_it_is_dead() -> N
     assert set(taker.bank.owners.values()) == {"quarantined:1"}
     assert taker.desk.taker.num_quarantined == 1
     [closed] = world.news_of(taker, GrantClosed)
-    assert isinstance(closed, GrantClosed)
     assert closed.quarantined
     world.run(for_s=50 * LIMITS.liveness_s)
     assert taker.desk.taker.num_quarantined == 1, "silence is not death"
@@ -163,7 +159,7 @@ def test_full_pages_move_while_the_prompt_still_computes(transport: str) -> None
     assert giver.desk.giver.lag("r", 0) == 0
     for ready in (2, 5):
         world.ready("r", 0, ready)
-        assert giver.desk.giver.lag("r", 0) > 0
+        assert (giver.desk.giver.lag("r", 0) or 0) > 0
         world.run()
         assert giver.desk.giver.lag("r", 0) == 0
     assert world.adoptions(("r", 0)) == 0
@@ -178,19 +174,12 @@ def test_held_pages_are_skipped(transport: str) -> None:
     taker = world.processes["taker-0"]
     for index in range(3):
         page = taker.bank.name(page_name("r", index))
-        taker.memory[page] = world_content("r", index)
+        taker.memory[page] = page_content("r", index)
     world.hand_off("r", NUM_TOKENS)
     world.run()
     [given] = world.news_of(world.processes["giver-0"], Given)
-    assert isinstance(given, Given)
     assert (given.num_held_pages, given.num_moved_pages) == (3, 3)
     assert world.adoptions(("r", 0)) == 1
-
-
-def world_content(request_id: str, index: int) -> bytes:
-    from support.hand_off_world import page_content
-
-    return page_content(request_id, index)
 
 
 @TRANSPORTS
@@ -242,7 +231,6 @@ def test_an_offer_after_its_cancel_is_refused_and_holds_nothing() -> None:
     world.hand_off("r", NUM_TOKENS)
     world.run()
     [failed] = world.news_of(world.processes["giver-0"], HandOffFailed)
-    assert isinstance(failed, HandOffFailed)
     assert failed.reason is FailReason.CANCELLED
     assert world.processes["taker-0"].bank.owners == {}
     world.hand_off("r", NUM_TOKENS, epoch=1)
@@ -264,7 +252,6 @@ def test_a_newer_epoch_closes_the_older_grant_and_fences_it(transport: str) -> N
     world.run(for_s=DEADLINE_S)
     assert world.adoptions(("r", 0)) == 0
     [failed] = world.news_of(old, HandOffFailed)
-    assert isinstance(failed, HandOffFailed)
     assert failed.reason is FailReason.STALE
     world.check_settled()
 
@@ -281,7 +268,6 @@ def test_a_draining_taker_takes_nothing_new_but_finishes_what_is_open(transport:
     world.run()
     assert taker.bank.adopted == {("open", 0): 1}
     [refused] = world.news_of(giver, TargetRefused)
-    assert isinstance(refused, TargetRefused)
     assert refused.reason is RefuseReason.DRAINING
     world.check_settled()
 

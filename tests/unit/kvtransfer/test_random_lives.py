@@ -115,7 +115,7 @@ class World:
                 peer=peer,
                 fingerprint=FINGERPRINT,
                 pool=PoolRef(name="", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES),
-                transports={transport.name: transport},  # type: ignore[dict-item]
+                transports={transport.name: transport},
                 bank=bank,
                 gate=region,
                 watch=self,

@@ -1,0 +1,49 @@
+# Everything a newcomer needs: `make up` serves the demo model, `make test` runs the gates.
+# ARGS goes to the command behind a target: make up ARGS="--decode 2 --port 8001", make test ARGS="-k hand_off".
+
+SHELL := /bin/bash
+VENV := .venv
+ARGS ?=
+
+INSTALLED_BY := pyproject.toml constraints.txt scripts/install scripts/install-torch
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev up doctor test lint compose-test wheels clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.runtime ## make .venv with everything that serving needs; the command is .venv/bin/baton
+
+dev: $(VENV)/.dev ## the same, with what the tests need
+
+$(VENV)/.runtime: $(INSTALLED_BY)
+	@scripts/install runtime
+	@touch $@
+
+$(VENV)/.dev: $(INSTALLED_BY)
+	@scripts/install dev
+	@touch $(VENV)/.runtime $@
+
+up: install ## serve the demo model on port 8000; ARGS="--model ..." for another
+	@$(VENV)/bin/baton up $(ARGS)
+
+doctor: install ## say what this machine can do
+	@$(VENV)/bin/baton doctor $(ARGS)
+
+test: dev ## all gates: ruff, mypy, import-linter, pytest
+	@scripts/check all $(ARGS)
+
+lint: dev ## all gates but the tests
+	@scripts/check lint
+
+compose-test: dev ## build the image, run the fleet in containers, and kill one under load
+	@$(VENV)/bin/python tests/compose/drive.py $(ARGS)
+
+wheels: install ## download all wheels into deploy/wheels, for building the image without an index
+	@scripts/fetch-wheels
+
+clean: ## remove .venv, caches and downloaded wheels
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -f deploy/wheels/*.whl
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
