@@ -200,7 +200,7 @@ async def _watch(receive: Receive) -> None:
     """Raises: ClientGone once the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    return
+    raise ClientGone
 
 
 def _most_telling(failures: BaseExceptionGroup[BaseException]) -> BaseException:

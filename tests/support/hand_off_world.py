@@ -200,7 +200,7 @@ class World:
     def start(self, giver: Process, request_id: str, epoch: int, num_tokens: int, targets: Sequence[Process]) -> None:
         num_pages = -(-num_tokens // PAGE_SIZE)
         key = (request_id, epoch)
-        giver.own_pages[key] = self._own(giver, num_pages)
+        giver.own_pages[key] = self.own(giver, num_pages)
         self.started[key] = giver
         names = [page_name(request_id, index) for index in range(num_tokens // PAGE_SIZE)]
         self._do(
@@ -214,7 +214,7 @@ class World:
             ),
         )
 
-    def _own(self, giver: Process, num_pages: int) -> list[int]:
+    def own(self, giver: Process, num_pages: int) -> list[int]:
         """Pages of the giving side; a memory of their own, behind the pool of the taking side."""
         giver.memory.extend([GARBAGE] * num_pages)
         return list(range(len(giver.memory) - num_pages, len(giver.memory)))
