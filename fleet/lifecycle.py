@@ -45,6 +45,10 @@ def run_from_settings(kind: type[S], serve: Callable[[S, asyncio.Event], Awaitab
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, stop.set)
         await serve(settings, stop)
+        # A second signal while the interpreter winds down must not spoil an orderly end.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(signum)
+            signal.signal(signum, signal.SIG_IGN)
 
     code = EXIT_OK
     try:

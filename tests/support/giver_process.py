@@ -1,6 +1,7 @@
 """A giver in a process of its own, for tests that kill or freeze it: offers, writes some pages, then hangs.
 
-`python -m support.giver_process TRANSPORT NAME INCARNATION ADDRESS` of the taker; prints `writing` once pages have moved.
+`python -m support.giver_process TRANSPORT NAME INCARNATION ADDRESS`, the last three of the taker, prints `writing`
+once pages have moved.
 """
 
 from __future__ import annotations

@@ -93,11 +93,14 @@ def test_a_giver_whose_grant_was_forgotten_offers_again() -> None:
     world.run()
     taker.desk.taker.close_all("test", world.now_s)  # and its Abort is lost
     world.start(giver, "other", 0, PAGE_SIZE, [taker])  # both go on hearing from each other
+    world.network.clear()
+    world.start(giver, "third", 0, PAGE_SIZE, [taker])
     world.run(for_s=4 * LIMITS.beat_s)
+    assert [news.request_id for news in world.news_of(giver, Granted)].count("r") == 2
+    world.cancel(giver, "third", 0)
     world.commit("r", 0, NUM_TOKENS)
     world.commit("other", 0, PAGE_SIZE)
     world.run(for_s=LIMITS.liveness_s)
-    assert len(world.news_of(giver, Granted)) == 3
     assert world.adoptions(("r", 0)) == 1
     world.check_settled()
 
