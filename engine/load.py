@@ -10,6 +10,7 @@ import torch
 
 from engine.backend import Backend, Linear, TorchBackend
 from engine.model_config import ModelConfig
+from engine.packed_backend import PackedBackend, can_pack
 from engine.rope import Rotary
 from engine.transformer import Layer, Transformer
 from engine.weights import Checkpoint, check_tensors, model_fingerprint, stored_dtype
@@ -69,7 +70,7 @@ def load_model(directory: Path, dtype: str = "auto", device: str = "cpu") -> Loa
     with Checkpoint(directory) as checkpoint:
         check_tensors(config, checkpoint)
         resolved = resolve_dtype(dtype, stored_dtype(checkpoint), target)
-        loader = _Loader(config, checkpoint, resolved, target, TorchBackend())
+        loader = _Loader(config, checkpoint, resolved, target, _backend(resolved, target))
         transformer = loader.transformer()
     return LoadedModel(
         config=config,
@@ -96,6 +97,11 @@ def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torc
         torch.float16: ("amx_fp16", "avx512_fp16", "fp16"),
     }
     return stored if any(able.get(name) for name in fast[stored]) else torch.float32
+
+
+def _backend(dtype: torch.dtype, device: torch.device) -> Backend:
+    """The fastest backend that gives the specified results here."""
+    return PackedBackend() if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()
 
 
 class _Loader:
