@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import httpx
@@ -35,7 +35,10 @@ def add(fleet: Fleet, role: str, number: int) -> None:
     )
 
 
-async def ask(client: openai.AsyncOpenAI, number: int, max_tokens: int = 150) -> str:
+async def ask(
+    client: openai.AsyncOpenAI, number: int, max_tokens: int = 150, *, seen: Callable[[], object] = lambda: None
+) -> str:
+    """The text of one stream; `seen` is called at each chunk."""
     stream = await client.completions.create(
         model="demo",
         prompt=PROMPTS[number % len(PROMPTS)],
@@ -45,7 +48,12 @@ async def ask(client: openai.AsyncOpenAI, number: int, max_tokens: int = 150) ->
         stream=True,
         extra_body={"ignore_eos": True},
     )
-    return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+    text = ""
+    async for chunk in stream:
+        for choice in chunk.choices:
+            text += choice.text
+            seen()
+    return text
 
 
 def client_of(fleet: Fleet) -> openai.AsyncOpenAI:
@@ -87,9 +95,12 @@ async def test_kill_9_under_load_costs_a_pause_and_no_token(fleet: Fleet, role: 
         add(fleet, role, 10 + len(fleet.services))
         await asyncio.to_thread(fleet.wait_ready, **{role: 2})
         replays = fleet.metric("baton_replays_total")
+        chunks = asyncio.Semaphore(0)
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(ask(client, number, 300)) for number in range(6)]
-            await asyncio.sleep(0.6 if role == "decode" else 0.02)
+            running = [tasks.create_task(ask(client, number, 300, seen=chunks.release)) for number in range(6)]
+            # A prefill worker dies while some still wait for it, a decode worker in the middle of the streams.
+            for _ in range(1 if role == "prefill" else 120):
+                await chunks.acquire()
             fleet.forget(victim).kill()
         assert [task.result() for task in running] == undisturbed
         if role == "decode":
