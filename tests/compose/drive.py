@@ -28,7 +28,7 @@ from openai import OpenAI
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PREFILL, NUM_DECODE = 2, 3
 NUM_STREAMS = 8
-LONG_TOKENS = 1500
+LONG_TOKENS = 3000
 KILL_AFTER_CHUNKS = 40
 READY_TIMEOUT_S = 300.0
 STREAM_TIMEOUT_S = 180.0
@@ -135,8 +135,11 @@ def wait_for(what: str, is_so: Callable[[], bool], timeout_s: float) -> None:
     say(f"ok: {what}, after {time.monotonic() - begun_s:.1f} s")
 
 
-def long_stream(client: OpenAI, on_chunk: Callable[[int], None] = lambda _count: None) -> tuple[str, int, str]:
-    """A greedy stream of exactly `LONG_TOKENS` tokens: its text, the tokens it counts, why it ended."""
+def long_stream(client: OpenAI, on_chunk: Callable[[int, str], None]) -> tuple[str, int, str]:
+    """A greedy stream of exactly `LONG_TOKENS` tokens: its text, the tokens it counts, why it ended.
+
+    `on_chunk` hears how many chunks have come, and the request's id.
+    """
     text: list[str] = []
     tokens, reason, chunks = 0, "", 0
     stream = client.chat.completions.create(
@@ -155,7 +158,7 @@ def long_stream(client: OpenAI, on_chunk: Callable[[int], None] = lambda _count:
             text.append(choice.delta.content or "")
             reason = choice.finish_reason or reason
             chunks += 1
-            on_chunk(chunks)
+            on_chunk(chunks, chunk.id)
     return "".join(text), tokens, reason
 
 
@@ -175,24 +178,26 @@ def check_requests(client: OpenAI) -> None:
     require(all(text == plain for text in texts), f"{NUM_STREAMS} streams at once brought the same text")
 
 
-def decoding_container(compose: Compose) -> str:
-    """Id of the container that decodes the one stream that is open now, as Redis tells it."""
-    for key in compose.redis("--scan", "--pattern", "baton:request:*"):
-        if compose.redis("hget", key, "state") == ["decoding"]:
-            return compose.redis("hget", key, "decode_worker")[0]
-    raise Failure("Redis knows of no request that is being decoded")
+def decoding_container(compose: Compose, request_id: str) -> str:
+    """Id of the container that decodes this request now, as Redis tells it; workers are named after containers."""
+    state, worker = compose.redis("hmget", f"baton:request:{request_id}", "state", "decode_worker")
+    if state != "decoding":
+        raise Failure(f"request {request_id} is {state}, not decoding")
+    return worker
 
 
 def check_kill(compose: Compose, client: OpenAI, base: str) -> None:
     """Kill the decode container of a running stream; the client must not notice but for a pause."""
-    reference, tokens, reason = long_stream(client)
-    require((tokens, reason) == (LONG_TOKENS, "length"), f"an undisturbed stream brings {LONG_TOKENS} tokens")
+    begun_s = time.monotonic()
+    reference, tokens, reason = long_stream(client, lambda _chunks, _id: None)
+    took_s = time.monotonic() - begun_s
+    require((tokens, reason) == (LONG_TOKENS, "length"), f"an undisturbed stream of {tokens} tokens: {took_s:.1f} s")
     longest_s, last_s, killed = 0.0, 0.0, ""
 
-    def watch(chunks: int) -> None:
+    def watch(chunks: int, request_id: str) -> None:
         nonlocal longest_s, last_s, killed
         if chunks == KILL_AFTER_CHUNKS:
-            killed = decoding_container(compose)
+            killed = decoding_container(compose, request_id)
             subprocess.run([compose.docker, "kill", killed], check=True, capture_output=True)
             say(f"killed decode container {killed} after {chunks} chunks")
             last_s = time.monotonic()

@@ -107,6 +107,31 @@ async def test_kill_9_under_load_costs_a_pause_and_no_token(fleet: Fleet, role: 
             assert fleet.metric("baton_replays_total") > replays
 
 
+async def test_a_frozen_worker_costs_a_pause_and_wakes_up_clean(fleet: Fleet) -> None:
+    async with client_of(fleet) as client:
+        undisturbed = [await ask(client, number, 200) for number in range(4)]
+        victim = next(name for name in fleet.services if name.startswith("decode"))
+        add(fleet, "decode", 20)
+        await asyncio.to_thread(fleet.wait_ready, decode=2)
+        chunks = asyncio.Semaphore(0)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(ask(client, number, 200, seen=chunks.release)) for number in range(4)]
+            for _ in range(60):
+                await chunks.acquire()
+            frozen = fleet.services[victim].process
+            frozen.send_signal(signal.SIGSTOP)
+        assert [task.result() for task in running] == undisturbed
+        frozen.send_signal(signal.SIGCONT)
+        await asyncio.to_thread(fleet.wait_ready, decode=2)
+        await asyncio.to_thread(
+            until,
+            lambda: fleet.metric("baton_worker_pages", state="used", worker=victim) == 0,
+            within_s=5,
+            what="the woken worker has freed its pages",
+        )
+        assert [await ask(client, number, 200) for number in range(4)] == undisturbed
+
+
 async def test_a_killed_gateways_requests_are_freed(fleet: Fleet) -> None:
     first = fleet.url
     url = fleet.gateway("g2")

@@ -28,10 +28,11 @@ def plain(text: str) -> str:
     return re.sub(r"[^a-z0-9{} ]", "", text.casefold()).strip()
 
 
-def test_text_depends_on_the_seed_alone() -> None:
-    first = list(demo_text.samples(7, 300))
-    assert first == list(demo_text.samples(7, 300))
-    assert first != list(demo_text.samples(8, 300))
+@pytest.mark.parametrize("stage", ["learn", "drill", "polish"])
+def test_text_depends_on_the_seed_alone(stage: dialogue.Stage) -> None:
+    first = list(demo_text.samples(7, 300, stage))
+    assert first == list(demo_text.samples(7, 300, stage))
+    assert first != list(demo_text.samples(8, 300, stage))
 
 
 def test_text_is_varied() -> None:
@@ -52,15 +53,16 @@ def test_held_out_small_talk_is_not_in_training() -> None:
     assert not training & held_out
 
 
-def test_no_evaluated_definition_is_asked_in_training() -> None:
+@pytest.mark.parametrize("stage", ["learn", "drill", "polish"])
+def test_no_evaluated_question_is_asked_in_training(stage: dialogue.Stage) -> None:
     asked = {
         plain(message.content)
-        for one in demo_text.samples(0, 20_000)
+        for one in demo_text.samples(0, 10_000, stage)
         if isinstance(one, demo_text.Chat)
         for message in one.messages
         if message.role == "user"
     }
-    evaluated = {plain(question.ask) for question in glossary.evaluation(1)}
+    evaluated = {plain(question.ask) for question in dialogue.evaluation(1)}
     assert not asked & evaluated
 
 

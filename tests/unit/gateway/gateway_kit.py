@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -113,7 +113,6 @@ class FakeGeneration:
         self.prompt_len = prompt_len
         self.stopped_at: int | None = None
         self.num_closes = 0
-        self.was_closed = asyncio.Event()
         self._script = script
         self._pipeline = pipeline
 
@@ -129,7 +128,6 @@ class FakeGeneration:
 
     async def aclose(self) -> None:
         self.num_closes += 1
-        self.was_closed.set()
 
 
 class FakePipeline:
@@ -226,12 +224,29 @@ def make_app(pipeline: FakePipeline, **changes: Any) -> Litestar:
     return create_app(pipeline, ApiConfig(version="test", **fields), **changes)
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals to pytest."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 @contextlib.asynccontextmanager
 async def serving(app: Litestar) -> AsyncIterator[str]:
     """Serve on a loopback port with uvicorn, as the gateway does; yields the base address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_config=None, lifespan="on", ws="none", http="httptools", loop="asyncio")
-        server = uvicorn.Server(config)
+        server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                lifespan="on",
+                ws="none",
+                http="httptools",
+                loop="asyncio",
+                timeout_graceful_shutdown=1,  # a failed test may leave connections behind
+            )
+        )
         async with asyncio.TaskGroup() as group:
             group.create_task(server.serve(sockets=[listener]))
             await eventually(lambda: server.started)
@@ -241,7 +256,7 @@ async def serving(app: Litestar) -> AsyncIterator[str]:
                 server.should_exit = True
 
 
-async def eventually(condition: Callable[[], bool], *, timeout_s: float = 3.0) -> None:
+async def eventually(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
     """Wait until something is true. Raises: TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 (what is awaited has no event of its own)

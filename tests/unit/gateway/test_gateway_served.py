@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -111,8 +112,12 @@ async def test_a_wrong_key_with_the_sdk(pipeline: FakePipeline) -> None:
             assert [model.id async for model in client.models.list()] == [MODEL]
 
 
-async def open_request(address: str, **fields: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send a chat request over a bare socket."""
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@contextlib.asynccontextmanager
+async def open_request(address: str, **fields: Any) -> AsyncIterator[Connection]:
+    """Send a chat request over a bare socket, which is closed at the end of the block."""
     body = json.dumps({"model": MODEL, "messages": HELLO, **fields}).encode()
     host, port = address.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -120,8 +125,12 @@ async def open_request(address: str, **fields: Any) -> tuple[asyncio.StreamReade
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\n\r\n%b" % (len(body), body)
     )
-    await writer.drain()
-    return reader, writer
+    try:
+        await writer.drain()
+        yield reader, writer
+    finally:
+        writer.close()
+        await writer.wait_closed()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -130,14 +139,12 @@ async def test_a_client_that_leaves_cancels_all_its_generations(
     address: str, pipeline: FakePipeline, stream: bool, hold_after: int
 ) -> None:
     pipeline.hold_after = hold_after
-    reader, writer = await open_request(address, stream=stream, n=3)
-    if stream and hold_after:
-        await reader.readuntil(b'"content":"he"')
-    await eventually(lambda: len(pipeline.generations) == 3)
-    assert all(generation.num_closes == 0 for generation in pipeline.generations)
-    writer.close()
-    await eventually(lambda: all(generation.num_closes == 1 for generation in pipeline.generations), timeout_s=1)
-    await writer.wait_closed()
+    async with open_request(address, stream=stream, n=3) as (reader, _):
+        if stream and hold_after:
+            await reader.readuntil(b'"content":"he"')
+        await eventually(lambda: len(pipeline.generations) == 3)
+        assert all(generation.num_closes == 0 for generation in pipeline.generations)
+    await eventually(lambda: all(generation.num_closes == 1 for generation in pipeline.generations))
     pipeline.hold_after = 10**9
     async with httpx.AsyncClient(base_url=address) as client:
         assert (await client.get("/health")).status_code == 200
@@ -147,13 +154,11 @@ async def test_a_client_that_leaves_cancels_all_its_generations(
 
 async def test_chunks_arrive_as_they_are_made(address: str, pipeline: FakePipeline) -> None:
     pipeline.hold_after = 1
-    reader, writer = await open_request(address, stream=True)
-    await asyncio.wait_for(reader.readuntil(b'"content":"he"'), 2)
-    pipeline.go_on.set()
-    rest = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 2)
+    async with open_request(address, stream=True) as (reader, _):
+        await asyncio.wait_for(reader.readuntil(b'"content":"he"'), 20)
+        pipeline.go_on.set()
+        rest = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 20)
     assert b"data: [DONE]" in rest
-    writer.close()
-    await writer.wait_closed()
 
 
 async def test_a_slow_reader_holds_up_its_own_generation_alone(address: str, pipeline: FakePipeline) -> None:
@@ -183,17 +188,18 @@ async def test_a_slow_reader_holds_up_its_own_generation_alone(address: str, pip
         return Endless() if fields["params"].seed == 13 else await normal(**fields)
 
     pipeline.submit = submit  # type: ignore[method-assign]
-    _, writer = await open_request(address, stream=True, seed=13)
-    await eventually(lambda: taken > 3)
-    await asyncio.sleep(0.3)
-    before = taken
-    await asyncio.sleep(0.2)
-    assert taken == before, "the generation is not read while nobody takes its output"
-    async with httpx.AsyncClient(base_url=address) as client:
-        assert (await client.post("/v1/chat/completions", json={"model": MODEL, "messages": HELLO})).status_code == 200
-    writer.close()
+    async with open_request(address, stream=True, seed=13):
+        await eventually(lambda: taken > 3)
+        async with asyncio.timeout(20):
+            before = 0
+            while taken != before:  # the socket's buffers fill up
+                before = taken
+                await asyncio.sleep(0.2)
+        async with httpx.AsyncClient(base_url=address) as client:
+            answer = await client.post("/v1/chat/completions", json={"model": MODEL, "messages": HELLO})
+        assert answer.status_code == 200
+        assert taken == before, "the generation is not read while nobody takes its output"
     await eventually(lambda: taken == -1)
-    await writer.wait_closed()
 
 
 async def test_one_connection_serves_answers_errors_and_streams(address: str) -> None:
