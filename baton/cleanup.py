@@ -11,18 +11,24 @@ from typing import Self
 
 from baton.janitor import remove
 
+GRACE_S = 8.0
+
 
 class Cleanup:
-    """A context manager around a run: starts the janitor, and at an orderly end removes the paths itself."""
+    """A context manager around a run: starts the janitor, and at an orderly end removes the paths itself.
 
-    def __init__(self) -> None:
+    After a sudden death the children get `grace_s` to leave by themselves.
+    """
+
+    def __init__(self, *, grace_s: float = GRACE_S) -> None:
+        self._grace_s = grace_s
         self._paths: list[Path] = []
         self._janitor: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         # A session of its own: Ctrl-C and a closing terminal must not reach it.
         self._janitor = subprocess.Popen(
-            [sys.executable, "-m", "baton.janitor"],
+            [sys.executable, "-m", "baton.janitor", str(self._grace_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

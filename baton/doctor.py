@@ -172,6 +172,12 @@ def _limits(facts: Facts) -> Iterator[Finding]:
         found=f"{soft} (up to {hard})",
         advice=f"each stream needs one: ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if low else "",
     )
+    yield Finding(
+        topic="encryption",
+        grade=Grade.OK if facts.curve else Grade.POOR,
+        found="ZeroMQ has CURVE" if facts.curve else "ZeroMQ was built without CURVE",
+        advice="" if facts.curve else "a fleet can run on this machine alone: install pyzmq's own wheel",
+    )
     if facts.shm_bytes is None or facts.shm_free_bytes is None:
         yield Finding(topic="shared memory", grade=Grade.INFO, found="missing or not writable")
         return
@@ -192,7 +198,7 @@ def _transports(facts: Facts) -> Iterator[Finding]:
         ("nixl", _why_no_nixl, "RDMA between machines"),
     )
     for name, why_not, use in checks:
-        reason = why_not(facts)
+        reason = why_not(facts) if name in facts.transports_built else "not part of this version of Baton"
         grade = Grade.OK if reason is None else Grade.NO if name == "tcp" else Grade.INFO
         yield Finding(
             topic=f"transport {name}", grade=grade, found="would work" if reason is None else reason, advice=use

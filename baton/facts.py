@@ -19,7 +19,9 @@ import msgspec
 import psutil
 
 from baton.cores import CGROUP, cpu_quota, usable_cores
+from baton.settings import without_password
 from fleet.redis_client import UNAVAILABLE, connect
+from kvtransfer.transports import CONFIGURABLE
 
 CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16")
 TOOL_TIMEOUT_S = 60.0
@@ -66,6 +68,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         packages: versions of optional packages that are installed.
         curve: whether ZeroMQ can encrypt, which fleets beyond one machine need.
         loopback: whether a TCP socket on loopback works.
+        transports_built: hand-off transports that this version of Baton has.
         redis_url: the configured one, empty: embedded; without a password.
         redis_version: of the server that answered; None when none did, `redis_error` says why.
     """
@@ -94,6 +97,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     redis_url: str
     redis_version: str | None
     redis_error: str = ""
+    transports_built: tuple[str, ...] = CONFIGURABLE
 
 
 def gather(redis_url: str | None) -> Facts:
@@ -159,13 +163,6 @@ def memory_limit(cgroup: Path = CGROUP) -> int | None:
         # v1 writes "no limit" as a number close to 2^63.
         return int(text) if text.isdigit() and int(text) < 2**60 else None
     return None
-
-
-def without_password(url: str) -> str:
-    """A URL that may be shown."""
-    head, at, tail = url.rpartition("@")
-    scheme, separator, _ = head.partition("://")
-    return f"{scheme}{separator}***@{tail}" if at else url
 
 
 def _shm() -> tuple[int, int] | None:

@@ -1,6 +1,6 @@
 """Run beside `baton up`: if that dies without a word (SIGKILL), end its children and remove what it left.
 
-    python -m baton.janitor < pipe
+    python -m baton.janitor GRACE_S < pipe
 
 The pipe's other end is held by `baton up` alone. It carries lines: `group PID` and `gone PID` for process groups,
 `remove PATH` for files and directories, and `done` before an orderly end. End of file without `done` is a sudden death.
@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-GRACE_S = 8.0
 POLL_S = 0.05
 
 
@@ -73,12 +72,12 @@ def _exists(group: int) -> bool:
 
 
 def main() -> int:
-    """Wait for the end of the pipe and act on it."""
+    """Wait for the end of the pipe and act on it; children get GRACE_S seconds to leave by themselves."""
     orders = read_orders(sys.stdin)
     if orders is None:
         return 0
     groups, paths = orders
-    end_groups(groups, grace_s=GRACE_S)
+    end_groups(groups, grace_s=float(sys.argv[1]))
     for path in paths:
         remove(path)
     from kvtransfer.region import sweep_stale

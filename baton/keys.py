@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.errors import CommandError, RedisUnusable
-from baton.facts import without_password
 from baton.notes import NoteBook
-from baton.settings import Surroundings
+from baton.settings import Surroundings, without_password
 from fleet.keys import ApiKey, KeyRegistry
 from fleet.redis_client import UNAVAILABLE, connect
 from fleet.service_settings import GatewaySettings

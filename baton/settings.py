@@ -73,3 +73,10 @@ def variable(name: str) -> str:
 def as_variables(overrides: Mapping[str, str]) -> dict[str, str]:
     """Fields by name as environment variables."""
     return {variable(name): text for name, text in overrides.items()}
+
+
+def without_password(url: str) -> str:
+    """A URL that may be shown."""
+    head, at, tail = url.rpartition("@")
+    scheme, separator, _ = head.partition("://")
+    return f"{scheme}{separator}***@{tail}" if at else url

@@ -94,6 +94,7 @@ class Supervisor:
                 await self._ready[spec.name].wait()
             if then is not None:
                 await then()
+                _heed_cancellation()
 
     async def _keep(self, spec: ChildSpec) -> None:
         """Run lives of one child until it leaves on purpose or has crashed too often."""
@@ -134,7 +135,9 @@ class Supervisor:
             if stage is Stage.STARTING and child.has_spoken:
                 stage = Stage.LOADING
                 self._changed(child, stage)
-            if await self._probe(child):
+            ready = await self._probe(child)
+            _heed_cancellation()
+            if ready:
                 stage = Stage.READY
                 self._changed(child, stage)
                 self._ready[child.spec.name].set()
@@ -180,6 +183,13 @@ class Supervisor:
             self._reporter.say(
                 f"warning: {child.spec.name} did not leave within {child.spec.grace_s:g} s and was killed"
             )
+
+
+def _heed_cancellation() -> None:
+    """Raise CancelledError if this task was cancelled in a call that swallowed it, as the Redis client's reads do."""
+    task = asyncio.current_task()
+    if task is None:
+        raise asyncio.CancelledError
 
 
 def _first(group: ExceptionGroup[ServiceDied]) -> ServiceDied:

@@ -29,7 +29,7 @@ from fleet.messages import (
     TokenChunk,
 )
 from fleet.metrics import snapshot
-from fleet.types import FinishReason, Passport, PeerRef, WorkerLoad, WorkerRecord
+from fleet.types import FinishReason, Passport, PeerRef, WorkerRecord
 from fleet.worker_link import WorkerLink
 from fleet.worker_metrics import WorkerMetrics
 from kvtransfer.actions import (
@@ -218,17 +218,11 @@ class DecodeWorker:
 
     def record(self) -> WorkerRecord:
         """Registry record with current load."""
-        pool = self._engine.pool
-        load = WorkerLoad(
+        load = self._engine.load(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_reserved,
-            total_pages=pool.num_pages,
-            free_pages=pool.num_free,
-            cached_pages=pool.num_cached,
-            quarantined_pages=pool.num_quarantined,
         )
         self._metrics.show_load(load)
-        self._metrics.show_prefix_cache(self._engine.cache.query_tokens, self._engine.cache.hit_tokens)
         return self._record.with_load(load, draining=self._draining)
 
     def notes(self) -> Iterable[tuple[PeerRef, RequestNote]]:

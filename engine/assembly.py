@@ -6,6 +6,8 @@ In two steps, since the memory of the pool belongs to whoever hands pages off: `
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from fleet import model_files
 from fleet.errors import SettingsError
 from fleet.logs import get_logger
 from fleet.service_settings import WorkerSettings
-from fleet.types import Fingerprint
+from fleet.types import Fingerprint, PeerRef, Role, WorkerLoad, WorkerRecord
 
 CPU_FRACTION = 0.2
 GPU_FRACTION = 0.85
@@ -40,6 +42,20 @@ class Engine:
     pool: PagePool
     cache: PrefixCache
     runner: ModelRunner
+
+    def load(self, *, num_running: int, num_waiting: int, waiting_tokens: int = 0) -> WorkerLoad:
+        """The worker's figures as heartbeats carry them."""
+        return WorkerLoad(
+            num_running=num_running,
+            num_waiting=num_waiting,
+            waiting_tokens=waiting_tokens,
+            total_pages=self.pool.num_pages,
+            free_pages=self.pool.num_free,
+            cached_pages=self.pool.num_cached,
+            quarantined_pages=self.pool.num_quarantined,
+            prefix_query_tokens=self.cache.query_tokens,
+            prefix_hit_tokens=self.cache.hit_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +84,27 @@ class OpenModel:
             "page_size": self.plan.page_size,
             "dtype": self.model.dtype_name,
         }
+
+    def record(
+        self, peer: PeerRef, role: Role, fingerprint: Fingerprint, *, host: str, transports: tuple[str, ...]
+    ) -> WorkerRecord:
+        """What the registry says of a worker that serves this model from now on."""
+        return WorkerRecord(
+            peer=peer,
+            role=role,
+            model=self.names[0],
+            aliases=self.names[1:],
+            fingerprint=fingerprint,
+            model_files=self.files[0],
+            max_model_len=self.plan.max_model_len,
+            max_num_seqs=self.settings.max_num_seqs,
+            page_size=self.plan.page_size,
+            num_pages=self.plan.num_pages,
+            host=host,
+            pid=os.getpid(),
+            transports=transports,
+            started_at_s=time.time(),
+        )
 
     def over(self, memory: memoryview | None, fingerprint: Fingerprint) -> Engine:
         """Lay pool, prefix cache and runner over `memory` (None: the device's own), which must outlive them."""

@@ -146,7 +146,8 @@ class Fingerprint(msgspec.Struct, frozen=True):
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A worker's own count of its work, as of its last heartbeat.
 
-    `free_pages` counts pages that a new sequence could take now, cached but unreferenced ones included.
+    `free_pages` counts pages that a new sequence could take now, cached but unreferenced ones included. Of
+    `prefix_query_tokens` looked up in the prefix cache since start, `prefix_hit_tokens` were found.
     """
 
     num_running: int = 0
@@ -156,6 +157,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     free_pages: int = 0
     cached_pages: int = 0
     quarantined_pages: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

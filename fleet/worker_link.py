@@ -30,8 +30,9 @@ from fleet.messages import (
     TokenChunk,
 )
 from fleet.model_files import ModelFiles
-from fleet.redis_client import UNAVAILABLE
+from fleet.redis_client import UNAVAILABLE, Redis
 from fleet.registry import Registry
+from fleet.settings import FleetSettings
 from fleet.types import PeerRef, WorkerRecord
 
 FILES_EVERY_BEATS = 20
@@ -87,6 +88,29 @@ class WorkerLink:
         self._gateways: dict[str, tuple[PeerRef, float]] = {}
         self._outbox: dict[str, list[Event]] = {}
         bus.on_peer_lost(self._connection_lost)
+
+    @classmethod
+    def of(
+        cls,
+        settings: FleetSettings,
+        *,
+        peer: PeerRef,
+        holder: Holder,
+        bus: Bus,
+        redis: Redis,
+        published: tuple[str, dict[str, bytes]],
+    ) -> WorkerLink:
+        """A link as a service's settings say; `published` is digest and content of the model's files."""
+        return cls(
+            peer=peer,
+            holder=holder,
+            bus=bus,
+            registry=Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s),
+            files=ModelFiles(redis, namespace=settings.namespace),
+            published=published,
+            lease_s=settings.lease_s,
+            liveness_file=settings.liveness_file,
+        )
 
     def publish(self, gateway: PeerRef, event: Event) -> None:
         """Queue an event for the gateway that owns the request; `flush` sends it."""

@@ -46,16 +46,13 @@ class WorkerMetrics:
             "baton_worker_returned", "Requests given back to the gateway", ["reason"], registry=registry
         )
 
-    def show_prefix_cache(self, query_tokens: int, hit_tokens: int) -> None:
-        """Set the prefix cache's figures, both since start."""
-        self.prefix_query_tokens.set(query_tokens)
-        self.prefix_hit_tokens.set(hit_tokens)
-
     def show_load(self, load: WorkerLoad) -> None:
         """Set the gauges from the worker's own count."""
         self.running.set(load.num_running)
         self.waiting.set(load.num_waiting)
         used = load.total_pages - load.free_pages - load.quarantined_pages
+        self.prefix_query_tokens.set(load.prefix_query_tokens)
+        self.prefix_hit_tokens.set(load.prefix_hit_tokens)
         self.pages.labels("used").set(used)
         self.pages.labels("free").set(load.free_pages)
         self.pages.labels("cached").set(load.cached_pages)

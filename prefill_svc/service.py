@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 
 from engine.assembly import OpenModel, open_model
 from engine.limits import PrefillLimits
@@ -12,11 +10,9 @@ from engine.prefill_scheduler import PrefillScheduler
 from engine.step_loop import StepLoop
 from fleet.bus import Bus, BusConfig
 from fleet.lifecycle import new_peer
-from fleet.model_files import ModelFiles
 from fleet.redis_client import connect
-from fleet.registry import Registry
 from fleet.service_settings import PrefillSettings
-from fleet.types import PeerRef, Role, WorkerRecord
+from fleet.types import PeerRef, Role
 from fleet.worker_link import WorkerLink
 from fleet.worker_metrics import WorkerMetrics
 from fleet.worker_run import run_worker
@@ -66,22 +62,7 @@ async def _run(
     )
     scheduler = PrefillScheduler(engine.pool, engine.cache, limits)
     transports = build_transports(settings.transport_names, region)
-    record = WorkerRecord(
-        peer=peer,
-        role=Role.PREFILL,
-        model=opened.names[0],
-        aliases=opened.names[1:],
-        fingerprint=fingerprint,
-        model_files=opened.files[0],
-        max_model_len=limits.max_model_len,
-        max_num_seqs=limits.max_num_seqs,
-        page_size=opened.plan.page_size,
-        num_pages=opened.plan.num_pages,
-        host=host_identity(),
-        pid=os.getpid(),
-        transports=tuple(transports),
-        started_at_s=time.time(),
-    )
+    record = opened.record(peer, Role.PREFILL, fingerprint, host=host_identity(), transports=tuple(transports))
     worker = PrefillWorker(record=record, engine=engine, scheduler=scheduler, metrics=WorkerMetrics())
     steps = StepLoop(scheduler, engine.runner, on_step=worker.on_step, on_scheduled=worker.on_scheduled)
     endpoint = HandOffEndpoint(
@@ -98,16 +79,7 @@ async def _run(
     )
     bus.on_peer_lost(endpoint.on_peer_lost)
     redis = connect(settings.redis_url)
-    link = WorkerLink(
-        peer=peer,
-        holder=worker,
-        bus=bus,
-        registry=Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s),
-        files=ModelFiles(redis, namespace=settings.namespace),
-        published=opened.files,
-        lease_s=settings.lease_s,
-        liveness_file=settings.liveness_file,
-    )
+    link = WorkerLink.of(settings, peer=peer, holder=worker, bus=bus, redis=redis, published=opened.files)
     worker.hand_offs.endpoint, worker.link = endpoint, link
     worker.wake, worker.ask_to_stop = steps.wake, stop.set
     try:

@@ -30,7 +30,7 @@ from fleet.messages import (
     TokenChunk,
 )
 from fleet.metrics import snapshot
-from fleet.types import FinishReason, PeerRef, WorkerLoad, WorkerRecord
+from fleet.types import FinishReason, PeerRef, WorkerRecord
 from fleet.worker_link import WorkerLink
 from fleet.worker_metrics import WorkerMetrics
 from prefill_svc.hand_offs import Consequences, PrefillHandOffs
@@ -231,18 +231,12 @@ class PrefillWorker:
 
     def record(self) -> WorkerRecord:
         """Registry record with current load."""
-        pool = self._engine.pool
-        load = WorkerLoad(
+        load = self._engine.load(
             num_running=self._scheduler.num_running + self._scheduler.num_prefilled,
             num_waiting=self._scheduler.num_waiting,
             waiting_tokens=self._scheduler.waiting_tokens,
-            total_pages=pool.num_pages,
-            free_pages=pool.num_free,
-            cached_pages=pool.num_cached,
-            quarantined_pages=pool.num_quarantined,
         )
         self._metrics.show_load(load)
-        self._metrics.show_prefix_cache(self._engine.cache.query_tokens, self._engine.cache.hit_tokens)
         return self._record.with_load(load, draining=self._draining)
 
     def notes(self) -> Iterable[tuple[PeerRef, RequestNote]]:

@@ -35,7 +35,7 @@ QUICK = RestartPolicy(first_pause_s=0.05, max_pause_s=0.1, max_crashes=2)
 async def swallowing_probe(_: Child) -> bool:
     """Never ready; a cancellation that hits it is lost, as in redis-py's reads."""
     with suppress(asyncio.CancelledError):
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
     return False
 
 
