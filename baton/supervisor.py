@@ -188,7 +188,7 @@ class Supervisor:
 def _heed_cancellation() -> None:
     """Raise CancelledError if this task was cancelled in a call that swallowed it, as the Redis client's reads do."""
     task = asyncio.current_task()
-    if task is None:
+    if task is not None and task.cancelling():
         raise asyncio.CancelledError
 
 

@@ -118,7 +118,10 @@ class Fleet:
         def ready() -> bool:
             for service in self.services.values():
                 self._require_alive(service)
-            answer = httpx.get(f"{self.url}/health/ready").json()
+            try:
+                answer = httpx.get(f"{self.url}/health/ready", timeout=10).json()
+            except httpx.TransportError:
+                return False
             return any(
                 entry["prefill_workers"] >= prefill and entry["decode_workers"] >= decode
                 for entry in answer["models"]
