@@ -13,6 +13,7 @@ BatonError
         ├── InvalidKey             401
         ├── UnknownModel           404
         ├── RateLimited            429
+        ├── ClientLeft             499, which nobody reads
         ├── Unavailable            503
         └── GenerationFailed       500
 """
@@ -145,6 +146,15 @@ class RateLimited(ApiError):
             error_type="rate_limit_error",
             code=code,
             headers={**retry_after(retry_after_s), **(headers or {})},
+        )
+
+
+class ClientLeft(ApiError):
+    """499: the client closed its connection before it had its answer; the status is for logs and metrics."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The client closed the connection.", status=499, error_type="invalid_request_error", code="client_gone"
         )
 
 

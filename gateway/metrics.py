@@ -25,6 +25,16 @@ class GatewayMetrics:
         )
         self.rejected = Counter("baton_requests_rejected", "Requests not admitted", ["reason"], registry=registry)
         self.replays = Counter("baton_replays", "Requests replayed under a new epoch", ["reason"], registry=registry)
+        self.migrations = Counter(
+            "baton_migrations", "Requests moved from one decode worker to another", ["reason"], registry=registry
+        )
+        self.migration_pause_seconds = Histogram(
+            "baton_migration_pause_seconds",
+            "From the last token of the one decode worker to the first of the other",
+            model,
+            buckets=INTERVAL_S,
+            registry=registry,
+        )
         self.stale_messages = Counter(
             "baton_stale_messages", "Messages about an old epoch or an ended request, dropped", registry=registry
         )
@@ -39,17 +49,20 @@ class GatewayMetrics:
         self.e2e_seconds = Histogram(
             "baton_e2e_seconds", "Admission to end", model, buckets=LATENCY_S, registry=registry
         )
-        self._first_tokens_s: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._intervals_s: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._last_first_token_s = time.monotonic()
 
     def saw_first_token(self, model: str, ttft_s: float) -> None:
         """Count a first token; its time also feeds `expected_wait_s`."""
         self.ttft_seconds.labels(model).observe(ttft_s)
-        self._first_tokens_s.append(time.monotonic())
+        now_s = time.monotonic()
+        # Idle time before a request came says nothing about how fast it was served
+        self._intervals_s.append(min(now_s - self._last_first_token_s, ttft_s))
+        self._last_first_token_s = now_s
 
     def expected_wait_s(self, num_queued: int) -> float:
-        """How long a queue of this length takes at the recent rate of first tokens; 1 s without a history."""
-        seen = self._first_tokens_s
-        if len(seen) < 2:
+        """How long a queue of this length takes at the recent pace of first tokens; 1 s without a history."""
+        intervals_s = self._intervals_s
+        if len(intervals_s) < 2:
             return 1.0
-        rate = len(seen) / max(1e-3, time.monotonic() - seen[0])
-        return min(60.0, num_queued / rate)
+        return min(60.0, num_queued * sum(intervals_s) / len(intervals_s))

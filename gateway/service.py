@@ -24,7 +24,7 @@ from fleet.registry import Registry
 from fleet.request_state import RequestStateWriter
 from fleet.service_settings import GatewaySettings
 from fleet.types import PeerRef
-from gateway.api.config import ApiConfig
+from gateway.api.config import MAX_GENERATIONS, ApiConfig
 from gateway.api.rate_limit import RateLimiter
 from gateway.app import create_app
 from gateway.catalog import Catalog
@@ -37,6 +37,7 @@ from gateway.router import Router
 
 SWEEP_S = 0.1
 HTTP_GRACE_S = 5
+KEEP_ALIVE_S = 75  # longer than clients and load balancers keep idle connections, so that they close first
 
 _log = get_logger("service")
 
@@ -137,6 +138,7 @@ async def _run(
         FleetPipeline(me=me, catalog=catalog, table=table),
         ApiConfig(
             version=version("baton-serve"),
+            max_generations=min(MAX_GENERATIONS, settings.max_queued_requests),
             max_body_bytes=settings.max_body_bytes,
             cors_origins=tuple(origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()),
         ),
@@ -154,6 +156,7 @@ async def _run(
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=HTTP_GRACE_S,
         )
     )

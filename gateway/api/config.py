@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+MAX_GENERATIONS = 1024
+
 
 class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the HTTP half.
@@ -11,11 +13,12 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         version: of Baton, shown in `/schema` and part of `system_fingerprint`.
         max_body_bytes: larger request bodies get 413.
-        max_generations: prompts times `n` that one request may start.
+        max_generations: prompts times `n` that one request may start: no more than a queue has room for, or it would be
+            told to come back for ever.
         cors_origins: origins that browsers may call from; empty: no CORS headers at all.
     """
 
     version: str = "0"
     max_body_bytes: int = 16 * 2**20
-    max_generations: int = 1024
+    max_generations: int = MAX_GENERATIONS
     cors_origins: tuple[str, ...] = ()

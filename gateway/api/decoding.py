@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request
+from litestar.exceptions import InternalServerException
 
-from gateway.errors import ApiError, InvalidRequest
+from gateway.errors import ApiError, ClientLeft, InvalidRequest
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 PATH = re.compile(r"(?P<message>.*?)(?: - at `(?P<key>key in )?\$(?P<path>[^`]*)`)?\Z", re.DOTALL)
@@ -19,7 +20,8 @@ MISSING = re.compile(r"Object missing required field `(.*)`\Z")
 async def read_body(request: Request[Any, Any, Any], decoder: msgspec.json.Decoder[Body]) -> Body:
     """Read and decode the body.
 
-    Raises: InvalidRequest; ApiError 415 for a declared type other than JSON; Litestar's 413 for a large body.
+    Raises: InvalidRequest; ApiError 415 for a declared type other than JSON; Litestar's 413 for a large body;
+    ClientLeft if the body ends amid.
     """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
@@ -29,7 +31,11 @@ async def read_body(request: Request[Any, Any, Any], decoder: msgspec.json.Decod
             error_type="invalid_request_error",
             code="unsupported_media_type",
         )
-    return decode_body(await request.body(), decoder)
+    try:
+        data = await request.body()
+    except InternalServerException as error:  # what Litestar makes of a client that leaves
+        raise ClientLeft from error
+    return decode_body(data, decoder)
 
 
 def decode_body(data: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
-from litestar import Litestar, Router
+from litestar import Litestar, Response, Router
 from litestar.connection import Request
+from litestar.exceptions import NotFoundException
 from litestar.openapi import OpenAPIConfig, ResponseSpec
 from litestar.openapi.plugins import (
     JsonRenderPlugin,
@@ -31,6 +32,7 @@ from litestar.openapi.spec import (
 )
 
 from gateway.api.auth import OPEN
+from gateway.api.replies import as_api_error, error_reply
 from gateway.api.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -83,7 +85,7 @@ def openapi_config(version: str) -> OpenAPIConfig:
         description="OpenAI-compatible API of a disaggregated language-model server.",
         components=Components(security_schemes={"apiKey": bearer}),
         security=[{"apiKey": []}],
-        openapi_router=Router("/schema", route_handlers=[], opt={OPEN: True}),
+        openapi_router=Router("/schema", route_handlers=[], opt={OPEN: True}, after_request=_plain_not_found),
         render_plugins=[
             PlainPage(path="/"),
             JsonRenderPlugin(),
@@ -92,6 +94,11 @@ def openapi_config(version: str) -> OpenAPIConfig:
             SwaggerRenderPlugin(path="/swagger"),
         ],
     )
+
+
+def _plain_not_found(response: Response[Any]) -> Response[Any]:
+    """Litestar has an HTML page for unknown paths below `/schema`; here they are errors like any other."""
+    return error_reply(as_api_error(NotFoundException())) if response.status_code == 404 else response
 
 
 def document_bodies(app: Litestar) -> None:

@@ -35,7 +35,7 @@ from gateway.api.responses import (
 )
 from gateway.api.sse import EventStream, StreamedAnswer
 from gateway.api.text_prompt import text_prompt_ids
-from gateway.errors import ApiError, InvalidRequest, Unavailable, UnknownModel
+from gateway.errors import ClientLeft, InvalidRequest, Unavailable, UnknownModel
 from gateway.pipeline import ServedModel
 
 _CHAT = msgspec.json.Decoder(ChatCompletionRequest)
@@ -172,9 +172,7 @@ async def _plain(api: ApiContext, job: Job, request: AnyRequest, answer: PlainAn
         async with Run(api, job) as run:
             body = await answer(run, job, request.receive)
     except ClientGone as error:
-        raise ApiError(
-            "The client closed the connection.", status=499, error_type="invalid_request_error", code="client_gone"
-        ) from error
+        raise ClientLeft from error
     return json_reply(body, headers=job.headers)
 
 

@@ -36,7 +36,7 @@ class ControlMarks:
         return self._special.search(text) is not None
 
     def protect(self, value: Any) -> tuple[Any, Marks | None]:
-        """Mark look-alikes in all strings of a JSON-like value, keys excepted.
+        """Mark look-alikes in all strings of a JSON-like value, keys (of a call's arguments, say) included.
 
         Returns the value (the same object if nothing had to be marked) and the marks used, None if none.
         Raises: ValueError if the strings use so many noncharacters that no two are left.
@@ -44,7 +44,7 @@ class ControlMarks:
         strings = list(_strings(value))
         if not any(map(self.found_in, strings)):
             return value, None
-        free = [mark for mark in NONCHARACTERS if not any(mark in text for text in strings)]
+        free = [mark for mark in NONCHARACTERS if not any(mark in text or _escape(mark) in text for text in strings)]
         if len(free) < 2:
             raise ValueError("the text contains too many different Unicode noncharacters")
         marks = Marks(free[0], free[1], self._special)
@@ -69,16 +69,21 @@ class Marks:
         """The rendered text without marks, cut inside each wrapped look-alike and at stray marks."""
         # Templates that escape non-ASCII in JSON turn a mark into its escape
         for mark in (self.start, self.end):
-            rendered = rendered.replace(f"\\u{ord(mark):04x}", mark)
+            rendered = rendered.replace(_escape(mark), mark)
         seamed = self._wrapped.sub(lambda match: f"{match[1][0]}{self.end}{match[1][1:]}", rendered)
         return self._any.split(seamed)
+
+
+def _escape(mark: str) -> str:
+    return f"\\u{ord(mark):04x}"
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
+        for key, item in value.items():
+            yield from _strings(key)
             yield from _strings(item)
     elif isinstance(value, list):
         for item in value:
@@ -89,7 +94,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: _map_strings(item, change) for key, item in value.items()}
+        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_map_strings(item, change) for item in value]
     return value
