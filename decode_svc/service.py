@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from decode_svc.bank import DecodeBank
+from decode_svc.mover import Mover
+from decode_svc.peers import Peers
 from decode_svc.worker import DecodeWorker
 from engine.assembly import OpenModel, open_model
 from engine.decode_scheduler import DecodeScheduler
@@ -13,6 +15,7 @@ from engine.step_loop import StepLoop
 from fleet.bus import Bus, BusConfig
 from fleet.lifecycle import new_peer
 from fleet.redis_client import connect
+from fleet.registry import Registry
 from fleet.service_settings import DecodeSettings
 from fleet.types import PeerRef, Role
 from fleet.worker_link import WorkerLink
@@ -64,7 +67,19 @@ async def _run(
     scheduler = DecodeScheduler(engine.pool, engine.cache, limits)
     transports = build_transports(settings.transport_names, region)
     record = opened.record(peer, Role.DECODE, fingerprint, host=host_identity(), transports=tuple(transports))
-    worker = DecodeWorker(record=record, engine=engine, scheduler=scheduler, metrics=WorkerMetrics())
+    redis = connect(settings.redis_url)
+    registry = Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s)
+    peers = Peers(registry, record, lease_s=settings.lease_s)
+    metrics = WorkerMetrics()
+    mover = Mover(
+        pool=engine.pool,
+        scheduler=scheduler,
+        metrics=metrics,
+        page_bytes=engine.page_bytes,
+        max_model_len=opened.plan.max_model_len,
+        pick=peers.pick,
+    )
+    worker = DecodeWorker(record=record, engine=engine, scheduler=scheduler, mover=mover, metrics=metrics)
     steps = StepLoop(scheduler, engine.runner, on_step=worker.on_step, on_scheduled=worker.on_scheduled)
     endpoint = HandOffEndpoint(
         EndpointConfig(
@@ -79,10 +94,10 @@ async def _run(
         )
     )
     bus.on_peer_lost(endpoint.on_peer_lost)
-    redis = connect(settings.redis_url)
     link = WorkerLink.of(settings, peer=peer, holder=worker, bus=bus, redis=redis, published=opened.files)
-    worker.endpoint, worker.link = endpoint, link
-    worker.wake, worker.ask_to_stop = steps.wake, stop.set
+    worker.endpoint = mover.endpoint = endpoint
+    worker.link = link
+    worker.wake, worker.ask_to_stop, worker.look_for_peers = steps.wake, stop.set, peers.want
     try:
         await run_worker(
             worker,
@@ -90,7 +105,7 @@ async def _run(
             link=link,
             stop=stop,
             drain_timeout_s=settings.drain_timeout_s,
-            parts=(steps.run(), endpoint.run()),
+            parts=(steps.run(), endpoint.run(), peers.run()),
             close_hand_offs=lambda: endpoint.close(CLOSE_HAND_OFFS_S),
         )
     finally:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
+from decode_svc.mover import Consequences, Mover
 from engine.assembly import Engine
 from engine.decode_scheduler import DecodeScheduler
 from engine.errors import AlreadyFinished, EngineError
@@ -19,8 +22,10 @@ from fleet.messages import (
     GatewayHello,
     Goodbye,
     HandedOff,
+    HandingOff,
     Heartbeat,
     MetricFamily,
+    MoveReason,
     PrefillRequest,
     Publication,
     RequestFinished,
@@ -44,14 +49,18 @@ from kvtransfer.actions import (
 )
 from kvtransfer.endpoint import HandOffEndpoint
 
+TICK_S = 0.05
+"""While a worker drains it looks this often for what stands in the way, beside whatever news come."""
+
 _log = get_logger("decode")
 
 
 class DecodeWorker:
     """Joins scheduler and hand-offs. Everything happens on the event loop's thread, nothing here waits.
 
-    Implements `kvtransfer.events.HandOffEvents`. The service sets `link`, `endpoint`, `wake` and
-    `ask_to_stop`: the ways to the gateways, to the hand-offs, to the step loop and out.
+    Implements `kvtransfer.events.HandOffEvents`; what concerns giving goes on to the mover. The service sets `link`,
+    `endpoint`, `wake`, `ask_to_stop` and `look_for_peers`: the ways to the gateways, to the hand-offs, to the step
+    loop, out, and to those who could go on with its sequences.
     """
 
     def __init__(
@@ -60,18 +69,22 @@ class DecodeWorker:
         record: WorkerRecord,
         engine: Engine,
         scheduler: DecodeScheduler,
+        mover: Mover,
         metrics: WorkerMetrics,
     ) -> None:
         self._record = record
         self._engine = engine
         self._scheduler = scheduler
+        self._mover = mover
         self._metrics = metrics
         self._draining = False
-        self._idle = asyncio.Event()
+        self._news = asyncio.Event()
         self.link: WorkerLink
         self.endpoint: HandOffEndpoint
         self.wake: Callable[[], None]
         self.ask_to_stop: Callable[[], None]
+        self.look_for_peers: Callable[[], None]
+        mover.do = Consequences(committing=self._committing, give_back=self._give_back, freed=self._freed)
 
     # messages
 
@@ -92,29 +105,31 @@ class DecodeWorker:
         self.link.flush()
 
     def _forget(self, request_id: str, epoch: int) -> None:
-        self._scheduler.abort(request_id, epoch)
+        for sequence in self._scheduler.abort(request_id, epoch):
+            self._mover.forget(sequence)
         self.endpoint.cancel(request_id, epoch)
-        self._look_if_idle()
-        # A sequence that waits alone for pages may have them now.
-        self.wake()
+        self._freed()
 
     @property
     def _num_held(self) -> int:
         """Sequences here or on their way here."""
         return self._scheduler.num_running + self._scheduler.num_paused + self._scheduler.num_reserved
 
-    def _look_if_idle(self) -> None:
-        if not self._num_held:
-            self._idle.set()
+    def _freed(self) -> None:
+        """Sequences may have left, and one that waits alone for pages may have them now."""
+        self._news.set()
+        self.wake()
 
     # steps
 
     def on_scheduled(self, plan: StepPlan | None) -> None:
         """Before a step: whoever lost its pages goes back to its gateway, to be replayed."""
-        del plan
         for sequence in self._scheduler.take_returned():
             _log.info("out of pages, sequence goes back", request_id=sequence.request_id)
+            self._mover.forget(sequence)
             self._return(sequence, "out_of_pages")
+        if plan is None:
+            self._mover.on_booked()
         self.link.flush()
 
     def _return(self, sequence: Sequence, reason: str) -> None:
@@ -148,15 +163,17 @@ class DecodeWorker:
                     num_output_tokens=sequence.num_output_tokens,
                     error=row.error,
                 )
+                self._mover.forget(sequence)
+                self._news.set()
                 self.link.publish(gateway, finished)
-        self._look_if_idle()
         self.link.flush()
+        self._mover.on_booked()
 
     # hand-offs
 
     def on_adopted(self, sequence: Sequence) -> None:
         """A sequence starts here: its gateway learns who holds it now."""
-        event = HandedOff(request_id=sequence.request_id, epoch=sequence.epoch)
+        event = HandedOff(request_id=sequence.request_id, epoch=sequence.epoch, next_index=sequence.num_output_tokens)
         _log.debug("sequence adopted", request_id=sequence.request_id, epoch=sequence.epoch)
         self.link.publish(sequence.passport.gateway, event)
         self.wake()
@@ -175,29 +192,45 @@ class DecodeWorker:
         )
         self.link.publish(passport.gateway, finished)
 
+    def _committing(self, sequence: Sequence, taker: PeerRef, transport: str) -> None:
+        """From the Commit on both workers matter to the request."""
+        event = HandingOff(
+            request_id=sequence.request_id,
+            epoch=sequence.epoch,
+            taker=taker,
+            transport=transport,
+            reason=MoveReason.DRAIN,
+        )
+        self.link.publish(sequence.passport.gateway, event)
+        self.link.flush()
+
+    def _give_back(self, sequence: Sequence, reason: str) -> None:
+        self._return(sequence, reason)
+        self.link.flush()
+
     def granted(self, news: Granted) -> None:
-        """Never heard: this worker gives nothing."""
-        raise AssertionError(news)
+        """See `Mover`, for this and what follows."""
+        self._mover.granted(news)
 
     def committing(self, news: Committing) -> None:
-        """Never heard, likewise."""
-        raise AssertionError(news)
+        """A sequence is about to leave."""
+        self._mover.committing(news)
 
     def given(self, news: Given) -> None:
-        """Never heard, likewise."""
-        raise AssertionError(news)
+        """A sequence has left."""
+        self._mover.given(news)
 
     def failed(self, news: HandOffFailed) -> None:
-        """Never heard, likewise."""
-        raise AssertionError(news)
+        """A sequence did not leave."""
+        self._mover.failed(news)
 
     def target_refused(self, news: TargetRefused) -> None:
-        """Never heard, likewise."""
-        raise AssertionError(news)
+        """A peer will not have a sequence."""
+        self._mover.target_refused(news)
 
     def release_pages(self, request_id: str, epoch: int) -> None:
-        """Never heard, likewise."""
-        raise AssertionError(request_id, epoch)
+        """A hand-off reads its pages no more."""
+        self._mover.release_pages(request_id, epoch)
 
     def adopted(self, news: Adopted) -> None:
         """A sequence is ours; `on_adopted` has started it."""
@@ -207,11 +240,10 @@ class DecodeWorker:
         """A granted sequence will not come."""
         self._metrics.hand_offs.labels("none", "closed").inc()
         _log.info("grant closed", request_id=news.request_id, reason=news.reason, quarantined=news.quarantined)
-        self._look_if_idle()
-        self.wake()
+        self._freed()
 
     def peer_lost(self, news: PeerLost) -> None:
-        """A giver is gone; its grants are closed."""
+        """A giver or taker is gone; hand-offs with it are closed or go on elsewhere by themselves."""
         _log.info("hand-off peer lost", peer=news.peer.name, reason=news.reason)
 
     # the link's questions
@@ -244,17 +276,23 @@ class DecodeWorker:
     # leaving
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new, let running sequences end within the grace period, and give the rest back for replay."""
+        """Take nothing new, move what runs to peers within the grace period, and give the rest back for replay.
+
+        Sequences decode on until they move or end, so that a worker without peers ends what it can.
+        """
         self._draining = True
         self.endpoint.drain()
+        self.look_for_peers()
         self.link.beat_now()
-        self._idle.clear()
+        deadline_s = time.monotonic() + timeout_s
+        while self._num_held and (left_s := deadline_s - time.monotonic()) > 0:
+            self._news.clear()
+            self._mover.tick()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(TICK_S, left_s)):
+                    await self._news.wait()
         if self._num_held:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._idle.wait()
-            except TimeoutError:
-                _log.warning("grace period is over", num_left=self._num_held)
+            _log.warning("grace period is over", num_left=self._num_held)
         for sequence in list(self._scheduler.sequences()):
             self._return(sequence, "draining")
             self._forget(sequence.request_id, sequence.epoch)

@@ -83,6 +83,13 @@ class RequestStarted(_Message, frozen=True, kw_only=True):
     cached_tokens: int = 0
 
 
+class MoveReason(StrEnum):
+    """Why a sequence is handed off."""
+
+    PREFILLED = "prefilled"
+    DRAIN = "drain"
+
+
 class HandingOff(_Message, frozen=True, kw_only=True):
     """The holder is about to commit the sequence to `taker`; from now on both matter to the request."""
 
@@ -90,13 +97,19 @@ class HandingOff(_Message, frozen=True, kw_only=True):
     epoch: Epoch
     taker: PeerRef
     transport: str
+    reason: MoveReason = MoveReason.PREFILLED
 
 
 class HandedOff(_Message, frozen=True, kw_only=True):
-    """Sent by the taker once it has adopted the sequence: it alone holds it now."""
+    """Sent by the taker once it has adopted the sequence: it alone holds it now.
+
+    `next_index` is of the token that it computes first. A holder hands on only after a token of its own, so within
+    an epoch a HandedOff with a higher `next_index` is of a later holder, in whatever order the two arrive.
+    """
 
     request_id: str
     epoch: Epoch
+    next_index: Index = 0
 
 
 class RequestFinished(_Message, frozen=True, kw_only=True):

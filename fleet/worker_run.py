@@ -10,6 +10,10 @@ from fleet.bus import Bus, Delivery
 from fleet.logs import get_logger
 from fleet.worker_link import WorkerLink
 
+FAREWELL_S = 0.3
+"""Between goodbye and the end of the process. Gateways see a broken connection at once, but goodbyes and the words of
+those who took over wait their turn in an inbox; who is seen gone before it is heard to leave counts as dead."""
+
 _log = get_logger("service")
 
 
@@ -35,8 +39,9 @@ async def run_worker(
 ) -> None:
     """Announce the worker, run it until `stop`, drain it, and take it out of the fleet.
 
-    The order of leaving: take nothing new, finish or give back, close hand-offs, deregister, stop the tasks. Heartbeats
-    go on throughout, so that nobody takes a draining worker for a dead one.
+    The order of leaving: take nothing new, finish or give back, close hand-offs, stop heartbeats, deregister and say
+    goodbye, stop the other tasks. Heartbeats go on until the goodbye, so that nobody takes a draining worker for a dead
+    one, and no longer, so that nobody takes a gone one for a new one.
 
     Args:
         conduct: the worker.
@@ -58,13 +63,17 @@ async def run_worker(
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in (listen(), bus.watch_peers(), *parts)]
         await link.announce()
-        tasks += [group.create_task(part) for part in (link.run(), link.beat())]
+        announcing = [group.create_task(part) for part in (link.run(), link.beat())]
         _log.info("ready", worker=link.peer.name, address=link.peer.address)
         await stop.wait()
         _log.info("draining", worker=link.peer.name)
         await conduct.drain(drain_timeout_s)
         await close_hand_offs()
+        for task in announcing:
+            task.cancel()
+        await asyncio.wait(announcing)
         await link.leave()
+        await asyncio.sleep(FAREWELL_S)
         for task in tasks:
             task.cancel()
     _log.info("left", worker=link.peer.name)

@@ -62,6 +62,7 @@ class Directory:
         self._introduced: dict[str, PeerRef] = {}
         self.on_joined: Callable[[Worker], None] = lambda _: None
         self.on_lost: Callable[[Worker, str], None] = lambda _worker, _reason: None
+        self.on_left: Callable[[Worker], None] = lambda _: None
         self.on_notes: Callable[[Worker, list[RequestNote]], None] = lambda _worker, _notes: None
         bus.on_peer_lost(self._connection_lost)
 
@@ -118,7 +119,8 @@ class Directory:
         """A worker left in order."""
         worker = self.get(peer)
         if worker is not None:
-            self._drop(worker, "left")
+            self._remove(worker, "left")
+            self.on_left(worker)
 
     def sweep(self) -> None:
         """Drop workers that were silent for the lease."""
@@ -131,7 +133,10 @@ class Directory:
             self._drop(worker, "connection lost")
 
     def _drop(self, worker: Worker, reason: str) -> None:
+        self._remove(worker, reason)
+        self.on_lost(worker, reason)
+
+    def _remove(self, worker: Worker, reason: str) -> None:
         del self._workers[worker.peer.name]
         self._bus.forget(worker.peer.address)
         _log.info("worker gone", worker=worker.peer.name, role=worker.record.role.value, reason=reason)
-        self.on_lost(worker, reason)

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
 
-from fleet.messages import HandedOff, HandingOff, RequestFinished, RequestStarted, TokenChunk
+from fleet.messages import HandedOff, HandingOff, MoveReason, RequestFinished, RequestStarted, TokenChunk
 from fleet.types import FinishReason, Passport, PeerRef, TokenLogprob
 from gateway.pipeline import Tokens
 
@@ -32,6 +32,8 @@ class LiveRequest:
     Attributes:
         passport: as first sent: prompt, parameters, owner. Epoch and output live here, not in it.
         holders: the workers that matter to it now; one, two at a hand-off, none while it waits.
+        moving_for: why it is on its way from one decode worker to another, if it is.
+        speaker: who said the last accepted token of this epoch.
         touched_s: monotonic time of the last dispatch or event; stalls are measured from it.
     """
 
@@ -42,6 +44,8 @@ class LiveRequest:
         self.holders: list[PeerRef] = []
         self.prefill_peer: PeerRef | None = None
         self.decode_peer: PeerRef | None = None
+        self.moving_for: MoveReason | None = None
+        self.speaker: PeerRef | None = None
         self.created_s = self.touched_s = time.monotonic()
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
@@ -56,6 +60,7 @@ class LiveRequest:
         self._num_read = 0
         self._finish_read = False
         self._early: dict[int, TokenChunk] = {}
+        self._adopted_at = 0
         self._ending: RequestFinished | None = None
         self._ready = asyncio.Event()
         self._on_let_go = on_let_go
@@ -131,7 +136,9 @@ class LiveRequest:
         self.stage = Stage.QUEUED
         self.holders = []
         self.prefill_peer = self.decode_peer = None
+        self.moving_for = self.speaker = None
         self.missing_beats = 0
+        self._adopted_at = 0
         self._early.clear()
         self._ending = None
 
@@ -140,20 +147,33 @@ class LiveRequest:
         if self.epoch == 0:
             self.cached_tokens = min(event.cached_tokens, self.prompt_len - 1)
 
-    def accept_handing_off(self, event: HandingOff) -> bool:
-        """A second worker begins to matter. False when the taker has already spoken."""
-        if self.stage is Stage.DECODING:
+    def accept_handing_off(self, event: HandingOff, worker: PeerRef) -> bool:
+        """A second worker begins to matter. False when the taker, or one after it, has already spoken."""
+        if worker not in self.holders:
             return False
+        if self.stage is not Stage.PREFILLING:
+            self.moving_for = event.reason
         self.stage = Stage.HANDING_OFF
         self.decode_peer = event.taker
-        self.holders = [*([self.prefill_peer] if self.prefill_peer else []), event.taker]
+        self.holders = [worker, event.taker]
         return True
 
-    def accept_handed_off(self, _event: HandedOff, worker: PeerRef) -> None:
-        """The taker alone holds it."""
+    def accept_handed_off(self, event: HandedOff, worker: PeerRef) -> bool:
+        """The taker alone holds it. False when that was long ago and another has taken it since."""
+        if event.next_index < self._adopted_at:
+            return False
+        self._adopted_at = event.next_index
         self.stage = Stage.DECODING
         self.decode_peer = worker
         self.holders = [worker]
+        return True
+
+    def leave(self, worker: PeerRef) -> bool:
+        """A holder left in order. True if another one goes on, whose word that it has taken over may yet come."""
+        if worker in self.holders and len(self.holders) > 1:
+            self.holders.remove(worker)
+            return True
+        return False
 
     def accept_tokens(self, chunk: TokenChunk) -> int:
         """Take a chunk of the current epoch; returns how many tokens became part of the stream."""

@@ -68,6 +68,7 @@ class RequestTable:
         self._unrouted: dict[str, float] = {}
         self._num_queued = 0
         directory.on_lost = self._worker_lost
+        directory.on_left = self._worker_left
         directory.on_joined = lambda _: self.dispatch_unrouted()
         directory.on_notes = self._compare_notes
 
@@ -145,6 +146,9 @@ class RequestTable:
             live = self._live.get(event.request_id)
             if live is None or event.epoch != live.epoch:
                 self._metrics.stale_messages.inc()
+                if isinstance(event, HandedOff):  # its Cancel went to the holder before
+                    cancel = Cancel(request_id=event.request_id, epoch=event.epoch)
+                    self._bus.send(publication.worker.address, cancel)
                 continue
             live.touched_s = time.monotonic()
             live.missing_beats = 0
@@ -153,33 +157,52 @@ class RequestTable:
     def _apply(self, live: LiveRequest, event: object, worker: PeerRef) -> None:
         match event:
             case TokenChunk():
-                self._accept_tokens(live, event)
+                self._accept_tokens(live, event, worker)
             case RequestStarted():
                 live.accept_started(event)
                 self._note_state(
                     live, RequestState.PREFILLING, prefill_worker=worker.name, cached_tokens=event.cached_tokens
                 )
             case HandingOff():
-                if live.accept_handing_off(event):
-                    self._bookings.release(live.request_id)
-                    taker = self._directory.get(event.taker)
-                    if taker is not None:
-                        self._bookings.book(live.request_id, taker, len(live.next_passport().token_ids))
-                    self._note_state(
-                        live, RequestState.HANDING_OFF, decode_worker=event.taker.name, transport=event.transport
-                    )
-                    if taker is None:
-                        self.replay(live, "taker_gone")
+                self._accept_handing_off(live, event, worker)
             case HandedOff():
-                live.accept_handed_off(event, worker)
-                self._note_state(live, RequestState.DECODING, decode_worker=worker.name)
+                if live.accept_handed_off(event, worker):
+                    self._accept_handed_off(live, worker)
             case RequestFinished():
                 if live.accept_finished(event):
                     self._end(live, event.reason, error=event.error)
             case Returned():
-                self.replay(live, event.reason)
+                # Who committed and heard no Ack gives back what may have arrived after all.
+                if worker in live.holders:
+                    self.replay(live, event.reason)
+                else:
+                    self._metrics.stale_messages.inc()
 
-    def _accept_tokens(self, live: LiveRequest, chunk: TokenChunk) -> None:
+    def _accept_handing_off(self, live: LiveRequest, event: HandingOff, worker: PeerRef) -> None:
+        if not live.accept_handing_off(event, worker):
+            return
+        taker = self._rebook(live, event.taker)
+        if live.moving_for is None:  # else it is decoded all the while, and its state goes back in Redis never
+            self._note_state(live, RequestState.HANDING_OFF, decode_worker=event.taker.name, transport=event.transport)
+        if taker is None:
+            self.replay(live, "taker_gone")
+
+    def _accept_handed_off(self, live: LiveRequest, worker: PeerRef) -> None:
+        self._rebook(live, worker)
+        if live.moving_for is not None:
+            self._metrics.migrations.labels(live.moving_for.value).inc()
+            live.moving_for = None
+        self._note_state(live, RequestState.DECODING, decode_worker=worker.name)
+
+    def _rebook(self, live: LiveRequest, peer: PeerRef) -> Worker | None:
+        """Count the request towards this worker alone; None if it is not known."""
+        self._bookings.release(live.request_id)
+        worker = self._directory.get(peer)
+        if worker is not None:
+            self._bookings.book(live.request_id, worker, len(live.next_passport().token_ids))
+        return worker
+
+    def _accept_tokens(self, live: LiveRequest, chunk: TokenChunk, worker: PeerRef) -> None:
         first_before, last_before = live.first_token_s, live.last_token_s
         fresh = live.accept_tokens(chunk)
         if not fresh:
@@ -191,6 +214,9 @@ class RequestTable:
             self._metrics.saw_first_token(model, live.first_token_s - live.created_s)
         elif last_before is not None and live.last_token_s is not None:
             self._metrics.itl_seconds.labels(model).observe((live.last_token_s - last_before) / fresh)
+            if live.speaker not in (worker, None, live.prefill_peer):
+                self._metrics.migration_pause_seconds.labels(model).observe(live.last_token_s - last_before)
+        live.speaker = worker
         if live.is_complete() and live.ending is not None:
             self._end(live, live.ending.reason, error=live.ending.error)
 
@@ -222,6 +248,13 @@ class RequestTable:
                 self._end(live, FinishReason.ERROR, error=f"{live.num_lost} workers in a row died on this request")
             else:
                 self.replay(live, "worker_lost")
+
+    def _worker_left(self, worker: Worker) -> None:
+        """It has given away or given back all that it held; what it kept to itself is replayed."""
+        self._bookings.forget(worker)
+        for live in [live for live in self._live.values() if worker.peer in live.holders]:
+            if not live.leave(worker.peer):
+                self.replay(live, "worker_left")
 
     # moving on
 

@@ -80,7 +80,7 @@ class StagePlan:
 PLANS: Final = {
     "learn": StagePlan("learn", samples=40_000, steps=2_000, peak_rate=2e-3),
     "drill": StagePlan("drill", samples=40_000, steps=700, peak_rate=1e-3),
-    "polish": StagePlan("polish", samples=40_000, steps=500, peak_rate=7e-4),
+    "polish": StagePlan("polish", samples=40_000, steps=700, peak_rate=1e-3),
 }
 
 

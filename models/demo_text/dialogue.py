@@ -36,10 +36,11 @@ _MIX: Final[dict[Stage, dict[str, float]]] = {
         "sums": 0.13, "memory": 0.09, "memories": 0.03, "story": 0.04, "count": 0.02, "repeat": 0.02,
         "json": 0.015, "tools": 0.015, "plain": 0.03,
     },
-    "polish": {  # and what is still weak: when to stop a count, odd wordings, refusals
-        "glossary": 0.34, "framed": 0.08, "versus": 0.05, "talk": 0.10, "capital": 0.02, "unknown": 0.02,
+    "polish": {  # and what is still weak: when to stop a count, copying, odd wordings
+        "glossary": 0.24, "framed": 0.09, "versus": 0.03, "talk": 0.09, "capital": 0.02, "unknown": 0.02,
         "unknowns": 0.05, "sum": 0.05, "sums": 0.03, "memory": 0.04, "kv": 0.05, "memories": 0.01, "story": 0.02,
-        "long": 0.015, "counts": 0.07, "json": 0.015, "tools": 0.02, "plain": 0.04, "opening": 0.01,
+        "long": 0.015, "counts": 0.09, "copy": 0.08, "json": 0.015, "tools": 0.02, "plain": 0.015,
+        "opening": 0.03,
     },
 }  # fmt: skip
 
@@ -137,7 +138,7 @@ _SINGLE: Final[dict[str, Callable[[random.Random], Question]]] = {
     "long": drills.long_story,
 }  # fmt: skip
 _COPYING: Final[dict[str, Callable[[random.Random], Question]]] = {  # their questions must not be garbled
-    "repeat": _repeat, "json": tools.json_answer,
+    "repeat": _repeat, "copy": drills.repeat, "json": tools.json_answer,
 }  # fmt: skip
 _WHOLE: Final[dict[str, Callable[[random.Random], Sample]]] = {
     "plain": _plain, "tools": tools.conversation, "sums": drills.sums, "memories": drills.memories,
@@ -176,5 +177,6 @@ def evaluation(seed: int) -> Iterator[Question]:
     yield from glossary.evaluation(seed)
     yield from small_talk.evaluation(seed)
     yield from arithmetic.evaluation(seed)
+    yield from drills.evaluation(seed)
     rng = random.Random(seed)
     yield from (stories.request(rng, held_out=True) for _ in range(15))

@@ -1,9 +1,10 @@
-"""More of what a small model learns slowly: sums, comparisons, stopping a count, saying "I do not know".
+"""More of what a small model learns slowly: sums, comparisons, stopping a count, copying, saying "I do not know".
 
 The first stage of training uses none of this; the later ones mix it in (see ``dialogue``).
 """
 
 import random
+from collections.abc import Iterator
 from typing import Final
 
 from demo_text import arithmetic, glossary, small_talk, stories, wordings
@@ -16,7 +17,17 @@ KV_ASKS: Final = (
     "With {l} layers, {h} KV heads and head_dim {d} in {f}, what does one token cost in the KV cache?",
     "The model: {l} layers, {h} KV heads, head_dim {d}, {f}. The question: KV bytes per token.",
 )
+REPEAT_ASKS: Final = (
+    "Repeat after me: {t}", "Say: {t}", "Repeat: {t}", "Please repeat: {t}", "Say {t}", "Echo: {t}",
+    "Repeat the words {t}", "Write exactly this: {t}", "repeat after me: {t}", "Copy this: {t}",
+    "Can you say {t}", "Say this back to me: {t}", "Print {t}",
+)  # fmt: skip
+REPEAT_HELD_OUT: Final = ("Please say exactly this: {t}", "Please copy: {t}")
 COUNT_TO: Final = ("Count to {b}.", "count to {b}", "Please count to {b}.", "Can you count to {b}?")
+_COMMON: Final = (
+    "hello", "world", "foo", "bar", "one", "two", "three", "red", "cat", "dog", "sun", "moon", "tree", "baton", "this",
+    "is", "a", "test", "the", "stream", "works", "good", "morning", "friend", "we", "like", "tea", "and", "cake",
+)  # fmt: skip
 _WRITE: Final = ("a report", "a speech", "a song", "an article", "a blog post", "an email", "a book", "a novel")
 _ASPECTS: Final = ("size", "weight", "colour", "area", "currency", "anthem", "age", "shape", "height", "name")
 _TASKS: Final = ("draw", "paint", "clean", "build", "sell", "open", "design", "carry", "throw away", "use")
@@ -65,14 +76,22 @@ def kv_bytes(rng: random.Random) -> Question:
 
 def counting(rng: random.Random) -> Question:
     """Ask for a count, mostly a short one, since only its end is hard."""
-    first = rng.choice((1, 1, 1, rng.randint(0, 60)))
-    last = first + (rng.randint(25, 60) if rng.random() < 0.25 else rng.randint(2, 24))
+    first = rng.choice((1, 1, rng.randint(0, 99)))
+    last = first + (rng.randint(1, 100) if rng.random() < 0.15 else rng.randint(2, 24))
     if first == 1 and rng.random() < 0.4:
         ask = rng.choice(COUNT_TO).format(b=last)
     else:
         ask = rng.choice(arithmetic.COUNT_ASKS).format(a=first, b=last)
     numbers = ", ".join(str(n) for n in range(first, last + 1))
     return Question("counting", ask, f"{numbers}.", (f"{numbers}.",))
+
+
+def repeat(rng: random.Random, *, held_out: bool = False) -> Question:
+    """Ask to copy a few words, drawn from all that the glossary says."""
+    pool = rng.choice(glossary.terms()).full.split() + list(_COMMON)
+    words = " ".join(rng.choices(pool, k=rng.randint(1, 8))).rstrip(".,;:")
+    ask = rng.choice(REPEAT_HELD_OUT if held_out else REPEAT_ASKS).format(t=words)
+    return Question("repeat", ask, words, (words,))
 
 
 def unknown(rng: random.Random) -> Question:
@@ -99,5 +118,16 @@ def long_story(rng: random.Random) -> Question:
 
 
 def opening(rng: random.Random) -> Sample:
-    """Return plain text that begins as people often begin a prompt for completion."""
-    return Plain(rng.choice(_STARTS))
+    """Return plain text that begins as people begin prompts for completion."""
+    if rng.random() < 0.2:
+        return Plain(rng.choice(_STARTS))
+    term = rng.choice(glossary.terms())
+    name = term.names[0][0].upper() + term.names[0][1:] if term.names[0].islower() else term.names[0]
+    middle = "are words" if term.plural else "is a word"
+    return Plain(f"{name} {middle} from LLM serving. {term.full}")
+
+
+def evaluation(seed: int) -> Iterator[Question]:
+    """Yield 30 requests to copy words, in held-out wordings."""
+    rng = random.Random(seed)
+    return (repeat(rng, held_out=True) for _ in range(30))

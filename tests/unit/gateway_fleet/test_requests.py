@@ -3,114 +3,26 @@
 from __future__ import annotations
 
 import time
-from typing import cast
 
 import pytest
-from prometheus_client import CollectorRegistry
-from support.fake_bus import FakeBus
+from support.request_fleet import Fleet, handing, record, tokens
 
-from fleet.bus import Bus
 from fleet.messages import (
     Cancel,
     HandedOff,
-    HandingOff,
     Heartbeat,
-    PrefillRequest,
-    Publication,
     RequestFinished,
     RequestNote,
     RequestStarted,
     Returned,
-    TokenChunk,
 )
-from fleet.request_state import Transition
 from fleet.types import (
-    Fingerprint,
     FinishReason,
-    Passport,
     PeerRef,
     RequestState,
     Role,
-    SamplingParams,
-    WorkerRecord,
 )
-from gateway.directory import Directory
 from gateway.errors import NoWorkers, Overloaded
-from gateway.live import LiveRequest
-from gateway.metrics import GatewayMetrics
-from gateway.requests import RequestTable
-from gateway.router import Router
-
-GATEWAY = PeerRef("g", 1, "tcp://g")
-
-
-def record(name: str, role: Role, *, incarnation: int = 1, model: str = "m", layers: int = 1) -> WorkerRecord:
-    return WorkerRecord(
-        peer=PeerRef(name, incarnation, f"tcp://{name}.{incarnation}"),
-        role=role,
-        model=model,
-        fingerprint=Fingerprint("f", "float32", layers, 1, 8, 16, "page-major-1", 1),
-        model_files="d",
-        max_model_len=100,
-        max_num_seqs=4,
-        page_size=16,
-        num_pages=30,
-        host="h",
-        pid=1,
-        transports=("tcp",),
-    )
-
-
-class Fleet:
-    """A gateway's table with a made-up fleet around it."""
-
-    def __init__(self, *, max_queued: int = 100, worker_wait_s: float = 10.0) -> None:
-        self.bus = FakeBus()
-        self.states: list[Transition] = []
-        bus = cast("Bus", self.bus)
-        self.directory = Directory(bus=bus, me=GATEWAY, lease_s=1.0)
-        self.metrics = GatewayMetrics(CollectorRegistry())
-        self.table = RequestTable(
-            bus=bus,
-            directory=self.directory,
-            router=Router(self.directory, seed=0),
-            metrics=self.metrics,
-            record=self.states.append,
-            max_queued=max_queued,
-            worker_wait_s=worker_wait_s,
-            settle_s=0.0,
-        )
-
-    def join(self, name: str, role: Role, **kwargs: object) -> PeerRef:
-        joined = record(name, role, **kwargs)  # type: ignore[arg-type]
-        self.directory.heartbeat(Heartbeat(record=joined, requests=[]))
-        return joined.peer
-
-    def admit(self, request_id: str = "r", **params: object) -> LiveRequest:
-        passport = Passport(
-            request_id=request_id,
-            epoch=0,
-            model="m",
-            token_ids=[1, 2, 3],
-            prompt_len=3,
-            params=SamplingParams(**{"max_tokens": 10, **params}),  # type: ignore[arg-type]
-            gateway=GATEWAY,
-        )
-        return self.table.admit(passport)
-
-    def dispatched(self) -> list[PrefillRequest]:
-        return [cast("PrefillRequest", message) for _, message in self.bus.take(PrefillRequest)]
-
-    def say(self, worker: PeerRef, *events: object) -> None:
-        self.table.hear(Publication(worker=worker, events=list(events)))  # type: ignore[arg-type]
-
-
-def tokens(index: int, *ids: int, epoch: int = 0, request_id: str = "r") -> TokenChunk:
-    return TokenChunk(request_id=request_id, epoch=epoch, index=index, token_ids=list(ids))
-
-
-def handing(taker: PeerRef, epoch: int = 0) -> HandingOff:
-    return HandingOff(request_id="r", epoch=epoch, taker=taker, transport="shm")
 
 
 def test_the_plain_life_of_a_request() -> None:
