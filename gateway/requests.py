@@ -199,7 +199,7 @@ class RequestTable:
         self._bookings.release(live.request_id)
         worker = self._directory.get(peer)
         if worker is not None:
-            self._bookings.book(live.request_id, worker, len(live.next_passport().token_ids))
+            self._bookings.book(live.request_id, worker, live.prompt_len + len(live.output))
         return worker
 
     def _accept_tokens(self, live: LiveRequest, chunk: TokenChunk, worker: PeerRef) -> None:
