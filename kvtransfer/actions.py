@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from fleet.messages import Grant, HandOffMessage, RefuseReason
+from fleet.hand_off_messages import Grant, HandOffMessage, RefuseReason
 from fleet.types import Passport, PeerRef
 
 

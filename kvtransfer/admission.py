@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fleet.messages import Commit, Offer, Refuse, RefuseReason
+from fleet.hand_off_messages import Commit, Offer, Refuse, RefuseReason
 from fleet.types import Fingerprint, PeerRef
 from kvtransfer.errors import LayoutMismatch
 from kvtransfer.layout import require_equal

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from fleet.messages import Refuse
+from fleet.hand_off_messages import Refuse
 from kvtransfer.actions import (
     Action,
     Adopted,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fleet.messages import (
+from fleet.hand_off_messages import (
     Abort,
     Ack,
     Alive,

@@ -17,7 +17,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from fleet.messages import HandOffMessage, Refuse
+from fleet.hand_off_messages import HandOffMessage, Refuse
 from fleet.types import Passport, PeerRef
 from kvtransfer.courier import Courier
 from kvtransfer.endpoint_config import EndpointConfig, build_desk

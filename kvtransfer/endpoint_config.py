@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fleet.messages import HandOffMessage
+from fleet.hand_off_messages import HandOffMessage
 from fleet.types import Fingerprint, PeerRef
 from kvtransfer.bank import NoBank, PageBank
 from kvtransfer.desk import HandOffDesk

@@ -20,16 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fleet.messages import (
-    Abort,
-    Ack,
-    Grant,
-    OpenHandOff,
-    PagesTaken,
-    Refuse,
-    RefuseReason,
-    Released,
-)
+from fleet.hand_off_messages import Abort, Ack, Grant, OpenHandOff, PagesTaken, Refuse, RefuseReason, Released
 from fleet.types import Passport, PeerRef
 from kvtransfer.actions import Action, FailReason, Given, Granted
 from kvtransfer.errors import GrantRevoked, HandOffExists, TransferError

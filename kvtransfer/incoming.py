@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from fleet.messages import Abort, Commit, Grant, HandOffMessage, Offer
+from fleet.hand_off_messages import Abort, Commit, Grant, HandOffMessage, Offer
 from fleet.types import PeerRef
 from kvtransfer.actions import Action, GrantClosed, Send
 from kvtransfer.bank import PageBank, Reservation, WriteGate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fleet.messages import Grant, Offer
+from fleet.hand_off_messages import Grant, Offer
 from fleet.types import PeerRef
 from kvtransfer.copying import write_granted
 from kvtransfer.errors import TransportUnavailable

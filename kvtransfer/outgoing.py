@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from fleet.messages import Abort, Commit, Grant, Offer, Released
+from fleet.hand_off_messages import Abort, Commit, Grant, Offer, Released
 from fleet.types import Passport
 from kvtransfer.actions import HandOffFailed
 from kvtransfer.targets import Target, TargetRounds

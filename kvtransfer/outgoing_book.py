@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fleet.messages import Abort, Commit, Grant, HandOffMessage, Offer, Pages, RefuseReason, Released
+from fleet.hand_off_messages import Abort, Commit, Grant, HandOffMessage, Offer, Pages, RefuseReason, Released
 from fleet.types import Fingerprint, PeerRef
 from kvtransfer.actions import (
     Action,

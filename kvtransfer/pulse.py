@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fleet.messages import Alive, OpenHandOff
+from fleet.hand_off_messages import Alive, OpenHandOff
 from fleet.types import PeerRef
 from kvtransfer.limits import HandOffLimits
 from kvtransfer.remembered import Remembered

@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fleet.messages import PoolRef
+from fleet.hand_off_messages import PoolRef
 from kvtransfer.errors import RegionError, RegionRejected, RegionTooLarge
 from kvtransfer.host import SHM_DIRECTORY, own_process
 

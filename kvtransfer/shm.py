@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-from fleet.messages import Grant, Offer
+from fleet.hand_off_messages import Grant, Offer
 from fleet.types import PeerRef
 from kvtransfer.copying import write_granted
 from kvtransfer.errors import RegionRejected, TransportUnavailable

@@ -25,7 +25,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fleet.messages import (
+from fleet.hand_off_messages import (
     Abort,
     Ack,
     Commit,

@@ -5,7 +5,7 @@ How many pages may be under way is the giver's window, moved by PagesTaken (`Han
 
 from __future__ import annotations
 
-from fleet.messages import Offer
+from fleet.hand_off_messages import Offer
 
 
 class TcpTransport:

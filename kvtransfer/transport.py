@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from fleet.messages import Grant, Offer
+from fleet.hand_off_messages import Grant, Offer
 from fleet.types import PeerRef
 
 

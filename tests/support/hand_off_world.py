@@ -13,7 +13,7 @@ from hashlib import blake2b
 from itertools import count
 from typing import TypeVar
 
-from fleet.messages import Grant, HandOffMessage, Offer, PoolRef
+from fleet.hand_off_messages import Grant, HandOffMessage, Offer, PoolRef
 from fleet.types import Passport, PeerRef, SamplingParams
 from kvtransfer.actions import Action, Given, HandOffFailed, ReleasePages, Send, Store, Write
 from kvtransfer.desk import HandOffDesk

@@ -7,14 +7,7 @@ from typing import cast
 from prometheus_client import CollectorRegistry
 
 from fleet.bus import Bus
-from fleet.messages import (
-    HandingOff,
-    Heartbeat,
-    MoveReason,
-    PrefillRequest,
-    Publication,
-    TokenChunk,
-)
+from fleet.messages import HandingOff, Heartbeat, MoveReason, PrefillRequest, Publication, TokenChunk
 from fleet.request_state import Transition
 from fleet.types import Fingerprint, Passport, PeerRef, Role, SamplingParams, WorkerRecord
 from gateway.directory import Directory

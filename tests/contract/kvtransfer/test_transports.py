@@ -9,7 +9,7 @@ import pytest
 from support.hand_off_side import LIMITS, Gift, Side, until
 from support.page_bank import FINGERPRINT
 
-from fleet.messages import Commit, RefuseReason
+from fleet.hand_off_messages import Commit, RefuseReason
 from fleet.types import PeerRef
 from kvtransfer.actions import FailReason
 from kvtransfer.region import PoolRegion

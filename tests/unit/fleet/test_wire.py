@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.errors import Malformed, WireError, WrongVersion
-from fleet.messages import Cancel, Heartbeat, Pages, Publication, RequestFinished, TokenChunk
+from fleet.hand_off_messages import Pages
+from fleet.messages import Cancel, Heartbeat, Publication, RequestFinished, TokenChunk
 from fleet.types import (
     Fingerprint,
     FinishReason,

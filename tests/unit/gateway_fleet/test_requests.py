@@ -7,15 +7,7 @@ import time
 import pytest
 from support.request_fleet import Fleet, handing, record, tokens
 
-from fleet.messages import (
-    Cancel,
-    HandedOff,
-    Heartbeat,
-    RequestFinished,
-    RequestNote,
-    RequestStarted,
-    Returned,
-)
+from fleet.messages import Cancel, HandedOff, Heartbeat, RequestFinished, RequestNote, RequestStarted, Returned
 from fleet.types import (
     FinishReason,
     PeerRef,

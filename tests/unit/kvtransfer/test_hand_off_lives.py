@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.hand_off_world import LIMITS, PAGE_SIZE, World, page_content, page_name
 
-from fleet.messages import Alive, Commit, Grant, Offer, Pages, RefuseReason, Released
+from fleet.hand_off_messages import Alive, Commit, Grant, Offer, Pages, RefuseReason, Released
 from kvtransfer.actions import (
     Adopted,
     Committing,

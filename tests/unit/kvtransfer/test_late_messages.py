@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.hand_off_world import LIMITS, PAGE_SIZE, World
 
-from fleet.messages import Abort, Grant, Offer, Pages
+from fleet.hand_off_messages import Abort, Grant, Offer, Pages
 from kvtransfer.actions import FailReason, Given, Granted, HandOffFailed, Send, Store
 
 NUM_TOKENS = 4 * PAGE_SIZE

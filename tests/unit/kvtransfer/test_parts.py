@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fleet.messages import Alive
+from fleet.hand_off_messages import Alive
 from fleet.types import PeerRef
 from kvtransfer.errors import LayoutMismatch
 from kvtransfer.layout import PageLayout, require_equal

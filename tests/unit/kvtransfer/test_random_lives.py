@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.hand_off_side import passport
 from support.page_bank import FINGERPRINT, PAGE_BYTES, PoolBank
 
-from fleet.messages import HandOffMessage, PoolRef
+from fleet.hand_off_messages import HandOffMessage, PoolRef
 from fleet.types import PeerRef
 from kvtransfer.actions import (
     Action,

@@ -13,7 +13,7 @@ from typing import overload
 
 import pytest
 
-from fleet.messages import Grant, PoolRef
+from fleet.hand_off_messages import Grant, PoolRef
 from fleet.types import PeerRef
 from kvtransfer.copying import write_granted
 from kvtransfer.errors import (
