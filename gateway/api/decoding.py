@@ -12,6 +12,7 @@ from litestar.exceptions import InternalServerException
 from gateway.errors import ApiError, ClientLeft, InvalidRequest
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+Converted = TypeVar("Converted")
 PATH = re.compile(r"(?P<message>.*?)(?: - at `(?P<key>key in )?\$(?P<path>[^`]*)`)?\Z", re.DOTALL)
 UNKNOWN = re.compile(r"Object contains unknown field `(.*)`\Z", re.DOTALL)
 MISSING = re.compile(r"Object missing required field `(.*)`\Z")
@@ -51,6 +52,16 @@ def decode_body(data: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
     except (msgspec.DecodeError, ValueError, OverflowError) as error:
         message = f"We could not parse the JSON body of your request: {error}"
         raise InvalidRequest(message, code="invalid_json") from error
+
+
+def convert_field(value: Any, to: type[Converted], *, at: str) -> Converted:
+    """Check a part of a body that was decoded loosely; `at` is its path. Raises: InvalidRequest naming the field."""
+    try:
+        return msgspec.convert(value, to)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        text = text.replace(" - at `$", f" - at `${at}", 1) if " - at `$" in text else f"{text} - at `${at}`"
+        raise _invalid_field(text) from error
 
 
 def _invalid_field(text: str) -> InvalidRequest:

@@ -21,6 +21,9 @@ Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 NumTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -35,14 +38,11 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None
 
 
-class _Sampling(_Body, kw_only=True):
-    """What chat and text completions have in common."""
+class SamplingFields(_Body, kw_only=True):
+    """What every API that generates takes: how to choose tokens, and bookkeeping."""
 
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: NumTokens | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -58,19 +58,27 @@ class _Sampling(_Body, kw_only=True):
     min_tokens: NumTokens | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
     skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    return_token_ids: bool | None = None
-    add_special_tokens: bool | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     # bookkeeping
     user: str | None = None
-    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
+
+
+class _Sampling(SamplingFields, kw_only=True):
+    """What chat and text completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: NumTokens | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
 
 
 class TextPart(_Body, tag="text", tag_field="type"):
