@@ -56,6 +56,24 @@ class PeerRef(msgspec.Struct, frozen=True, omit_defaults=True):
     address: str
 
 
+class GrammarKind(StrEnum):
+    """The languages in which a grammar is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an output must look like as a whole; `fleet.grammar` says what the three kinds mean.
+
+    The state of a match is not part of it: whoever goes on with a sequence rebuilds that from the output ids.
+    """
+
+    kind: GrammarKind
+    source: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen: with logits, seed and position, the whole input of the sampler.
 
@@ -74,6 +92,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         min_tokens: the stop ids cannot be sampled before this many output tokens.
         max_tokens: output tokens over all epochs, resolved by the gateway against the model's length.
         logprobs: None: none; k >= 0: log-probability of each chosen token and of the k likeliest.
+        grammar: None: any output; else only tokens that keep the output on its way to a match can be chosen.
+            It wins over bias and penalties; the sequence stops when no longer output could match.
     """
 
     temperature: float = 1.0
@@ -89,6 +109,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=128)] | None = None
+    grammar: Grammar | None = None
 
 
 class Passport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,10 +1,11 @@
 """Fields of OpenAI's API that Baton knows but does not serve: refused by name, never ignored in silence.
 
-Absent, null and neutral values (`tools: []`, `response_format: {"type": "text"}`) pass.
+Absent, null and neutral values (`tools: []`, `modalities: ["text"]`) pass.
 """
 
 from __future__ import annotations
 
+from gateway.api.formats import TextFormat
 from gateway.api.requests import ChatCompletionRequest, CompletionRequest, StreamOptions
 from gateway.errors import InvalidRequest
 
@@ -23,8 +24,6 @@ def check_chat(request: ChatCompletionRequest) -> None:
         )
     if request.function_call not in (None, "none", "auto"):
         raise _refused("function_call")
-    if request.response_format is not None and request.response_format != {"type": "text"}:
-        raise _refused("response_format")
     if request.modalities not in (None, ["text"]):
         raise _refused("modalities")
     for name in _CHAT_FIELDS:
@@ -34,6 +33,7 @@ def check_chat(request: ChatCompletionRequest) -> None:
         raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value")
     if request.max_tokens == 0:
         raise InvalidRequest("'max_tokens' must be at least 1.", param="max_tokens", code="invalid_value")
+    check_form(request)
     check_stream_options(request.stream_options, stream=bool(request.stream))
 
 
@@ -55,7 +55,17 @@ def check_completion(request: CompletionRequest) -> None:
         raise InvalidRequest(
             "'max_tokens' must be at least 1 without 'echo'.", param="max_tokens", code="invalid_value"
         )
+    check_form(request)
     check_stream_options(request.stream_options, stream=bool(request.stream))
+
+
+def check_form(request: ChatCompletionRequest | CompletionRequest) -> None:
+    """Raises: InvalidRequest."""
+    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        if getattr(request, name) is not None:
+            raise _refused(name)
+    if request.response_format is not None and not isinstance(request.response_format, TextFormat):
+        raise _refused("response_format")
 
 
 def check_stream_options(options: StreamOptions | None, *, stream: bool) -> None:

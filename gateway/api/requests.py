@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from gateway.api.formats import Choices, GrammarText, JsonInput, Pattern, ResponseFormat, StructuredOutputs
+
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -79,6 +81,13 @@ class _Sampling(SamplingFields, kw_only=True):
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+    # the form of the answer: OpenAI's, then vLLM's two styles
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonInput | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: GrammarText | None = None
 
 
 class TextPart(_Body, tag="text", tag_field="type"):
@@ -170,7 +179,6 @@ class ChatCompletionRequest(_Sampling, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None

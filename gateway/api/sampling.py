@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from fleet.types import SamplingParams
+from fleet.types import Grammar, SamplingParams
 from gateway.api.requests import ChatCompletionRequest, CompletionRequest
 from gateway.errors import ContextTooLong, InvalidRequest
 from gateway.pipeline import ServedModel
@@ -39,7 +39,12 @@ def output_limit(model: ServedModel, *, num_prompt_tokens: int, max_tokens: int 
 
 
 def sampling_params(
-    request: AnyCompletion, model: ServedModel, *, max_tokens: int, num_logprobs: int | None
+    request: AnyCompletion,
+    model: ServedModel,
+    *,
+    max_tokens: int,
+    num_logprobs: int | None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """Parameters of the first sample; `for_sample` derives the others. Raises: InvalidRequest."""
     defaults = model.card.defaults
@@ -72,6 +77,7 @@ def sampling_params(
         min_tokens=min_tokens,
         max_tokens=max_tokens,
         logprobs=num_logprobs,
+        grammar=grammar,
     )
 
 

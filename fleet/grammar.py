@@ -1,0 +1,74 @@
+"""What a `fleet.types.Grammar` means, alike for the gateway that checks it and the workers that enforce it.
+
+The language is llguidance's (https://github.com/guidance-ai/llguidance, `docs/`): JSON Schema draft 2020-12 where it is
+supported and an error where it is not, Rust regular expressions that match the whole output, and context-free grammars
+in a dialect of Lark, in which `%json {…}` stands for a value of a schema. Lookarounds and backreferences do not exist.
+
+The library is imported by whoever calls a function here: a gateway without structured requests never loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from fleet.types import Grammar, GrammarKind
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+WHITESPACE = r"( |\n[ \t]{0,32})"
+"""Allowed once wherever JSON allows whitespace: enough for every usual style, too little to go on without end."""
+
+_NUM_CHECKED = 512
+_MAX_PROBLEM_CHARS = 400
+
+
+def inline_schema(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as a term inside a Lark grammar: `start: "<call>" ` + this + ` "</call>"`."""
+    return "%json " + msgspec.json.encode({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}).decode()
+
+
+def library_source(grammar: Grammar) -> str:
+    """The grammar in the library's own serialized form. Raises ValueError if a JSON schema is not JSON."""
+    from llguidance import LLMatcher
+
+    if grammar.kind is GrammarKind.JSON_SCHEMA:
+        return LLMatcher.grammar_from_json_schema(
+            grammar.source,
+            overrides={"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False},
+        )
+    if grammar.kind is GrammarKind.REGEX:
+        return LLMatcher.grammar_from_regex(grammar.source)
+    return LLMatcher.grammar_from_lark(grammar.source)
+
+
+def limits() -> LLParserLimits:
+    """Bounds of one matcher: about 20 ms for its construction or one mask, and tens of MiB, before it gives up."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+
+
+@lru_cache(maxsize=_NUM_CHECKED)
+def problem(grammar: Grammar) -> str | None:
+    """Why the grammar does not compile, in one sentence, or None. Blocking, up to tenths of a second for huge ones.
+
+    What depends on the vocabulary (a Lark grammar that names a special token) is not found here.
+    """
+    from llguidance import LLMatcher
+
+    try:
+        source = library_source(grammar)
+    except ValueError as error:
+        return short(str(error))
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(source, limits=limits())
+    return short(messages[0]) if is_error else None
+
+
+def short(message: str) -> str:
+    """A library's message, which may span lines and quote the whole grammar, as one line of bounded length."""
+    return " ".join(message.split())[:_MAX_PROBLEM_CHARS]
