@@ -66,6 +66,9 @@ class GatewaySettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_f
     max_queued_requests: Annotated[
         int, Meta(description="requests without a first token, beyond which new ones get 429", ge=1)
     ] = 512
+    max_queue_wait_s: Annotated[
+        float, Meta(description="a request whose first token is expected later than this gets 429; 0: no bound", ge=0)
+    ] = 30.0
     worker_wait_s: Annotated[
         float, Meta(description="how long a request waits for a worker to come before it ends with 503", ge=0)
     ] = 15.0

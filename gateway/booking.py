@@ -15,6 +15,7 @@ class Bookings:
         """Count a request of so many tokens towards a worker. Mutates: the worker's booked figures."""
         worker.booked_tokens += num_tokens
         worker.booked_requests += 1
+        worker.free_tokens -= num_tokens
         self._booked.setdefault(request_id, []).append((worker, num_tokens))
 
     def release(self, request_id: str) -> None:
@@ -22,6 +23,7 @@ class Bookings:
         for worker, num_tokens in self._booked.pop(request_id, ()):
             worker.booked_tokens -= num_tokens
             worker.booked_requests -= 1
+            worker.free_tokens += num_tokens
 
     def forget(self, worker: Worker) -> None:
         """A worker is gone; what was booked on it counts nowhere."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
+from collections.abc import Iterable
 
 from fleet.logs import get_logger
 from fleet.model_files import ModelFiles
 from fleet.redis_client import UNAVAILABLE
 from fleet.types import Role, WorkerRecord
-from gateway.directory import Directory
+from gateway.directory import Directory, Worker
 from gateway.errors import CardError
 from gateway.pipeline import ModelReadiness, Readiness, ServedModel
 from gateway.text.card import ModelCard
@@ -48,19 +50,14 @@ class Catalog:
             max_model_len=min((w.record.max_model_len for w in workers), default=model.max_model_len),
             card=model.card,
             aliases=model.aliases,
-            ready=self._count(model.name).ready,
-        )
-
-    def _count(self, name: str) -> ModelReadiness:
-        return ModelReadiness(
-            model=name,
-            num_prefill=len(self._directory.workers(model=name, role=Role.PREFILL)),
-            num_decode=len(self._directory.workers(model=name, role=Role.DECODE)),
+            ready=_count(model.name, workers).ready,
         )
 
     def readiness(self) -> Readiness:
         """Workers per known model."""
-        return Readiness(models=tuple(self._count(name) for name in sorted(self._models)))
+        return Readiness(
+            models=tuple(_count(name, self._directory.workers(model=name)) for name in sorted(self._models))
+        )
 
     def want(self, record: WorkerRecord) -> None:
         """A worker joined; have its model's card loaded soon."""
@@ -101,3 +98,8 @@ class Catalog:
         for name in (record.model, *record.aliases):
             self._names[name] = record.model
         _log.info("model offered", model=record.model)
+
+
+def _count(model: str, workers: Iterable[Worker]) -> ModelReadiness:
+    roles = Counter(worker.record.role for worker in workers)
+    return ModelReadiness(model=model, num_prefill=roles[Role.PREFILL], num_decode=roles[Role.DECODE])

@@ -28,6 +28,8 @@ class Worker:
         booked_tokens: tokens that this gateway has sent its way and that are not done yet; booked when a worker is
             picked, since bursts race on polled figures.
         booked_requests: likewise.
+        foreign_requests: that it runs for other gateways, as of its last heartbeat.
+        free_tokens: that its free pages hold: as of its last heartbeat, less what was booked since.
     """
 
     record: WorkerRecord
@@ -35,6 +37,8 @@ class Worker:
     metrics: list[MetricFamily] = field(default_factory=list)
     booked_tokens: int = 0
     booked_requests: int = 0
+    foreign_requests: int = 0
+    free_tokens: int = 0
 
     @property
     def peer(self) -> PeerRef:
@@ -50,6 +54,21 @@ class Worker:
         """Whether it takes new requests for this served name."""
         return not self.record.draining and model == self.record.model
 
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a decode worker has a seat and, unless it is idle, pages for a sequence of so many tokens."""
+        num_here = self.booked_requests + self.foreign_requests
+        return num_here == 0 or (num_here < self.record.max_num_seqs and self.free_tokens >= num_tokens)
+
+    def hear(self, beat: Heartbeat) -> None:
+        """Take over what a heartbeat says."""
+        self.record = beat.record
+        self.heard_s = time.monotonic()
+        self.metrics = beat.metrics
+        load = beat.record.load
+        self.foreign_requests = max(0, load.num_running - len(beat.requests))
+        num_free = load.free_pages if load.total_pages else beat.record.num_pages
+        self.free_tokens = num_free * beat.record.page_size
+
 
 class Directory:
     """Live workers by name. Callbacks tell who came, who left, and what a heartbeat listed."""
@@ -58,7 +77,7 @@ class Directory:
         self._bus = bus
         self._me = me
         self._lease_s = lease_s
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, Worker] = {}  # by name
         self._introduced: dict[str, PeerRef] = {}
         self.on_joined: Callable[[Worker], None] = lambda _: None
         self.on_lost: Callable[[Worker, str], None] = lambda _worker, _reason: None
@@ -70,7 +89,7 @@ class Directory:
         """Live workers, by name; with `model`, those that take new requests for it."""
         return [
             worker
-            for _, worker in sorted(self._workers.items())
+            for worker in self._workers.values()
             if (role is None or worker.record.role is role) and (model is None or worker.serves(model))
         ]
 
@@ -104,15 +123,14 @@ class Directory:
         if known is not None and known.peer.incarnation != peer.incarnation:
             self._drop(known, "replaced by a new incarnation")
             known = None
+        is_new = known is None
         if known is None:
-            known = self._workers[peer.name] = Worker(record=beat.record, heard_s=time.monotonic())
-            known.metrics = beat.metrics
+            known = Worker(record=beat.record, heard_s=time.monotonic())
+            self._workers = dict(sorted({**self._workers, peer.name: known}.items()))
+        known.hear(beat)
+        if is_new:
             _log.info("worker joined", worker=peer.name, role=beat.record.role.value, model=beat.record.model)
             self.on_joined(known)
-        else:
-            known.record = beat.record
-            known.heard_s = time.monotonic()
-            known.metrics = beat.metrics
         self.on_notes(known, beat.requests)
 
     def goodbye(self, peer: PeerRef) -> None:

@@ -34,6 +34,7 @@ class LiveRequest:
         holders: the workers that matter to it now; one, two at a hand-off, none while it waits.
         moving_for: why it is on its way from one decode worker to another, if it is.
         speaker: who said the last accepted token of this epoch.
+        displaced: it ended for a more urgent request that took its place in the queue.
         touched_s: monotonic time of the last dispatch or event; stalls are measured from it.
     """
 
@@ -55,6 +56,7 @@ class LiveRequest:
         self.finish: FinishReason | None = None
         self.error: str | None = None
         self.retry_after_s: float | None = None
+        self.displaced = False
         self.output: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._num_read = 0
@@ -100,6 +102,7 @@ class LiveRequest:
             cached_tokens=self.cached_tokens,
             error=self.error,
             retry_after_s=self.retry_after_s,
+            displaced=self.displaced,
         )
 
     def stop(self, num_output_tokens: int) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 LATENCY_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 INTERVAL_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-RATE_WINDOW = 64
 
 
 class GatewayMetrics:
@@ -35,6 +31,13 @@ class GatewayMetrics:
             buckets=INTERVAL_S,
             registry=registry,
         )
+        self.replay_pause_seconds = Histogram(
+            "baton_replay_pause_seconds",
+            "From the last token before a replay to the first one after it",
+            model,
+            buckets=LATENCY_S,
+            registry=registry,
+        )
         self.stale_messages = Counter(
             "baton_stale_messages", "Messages about an old epoch or an ended request, dropped", registry=registry
         )
@@ -49,20 +52,3 @@ class GatewayMetrics:
         self.e2e_seconds = Histogram(
             "baton_e2e_seconds", "Admission to end", model, buckets=LATENCY_S, registry=registry
         )
-        self._intervals_s: deque[float] = deque(maxlen=RATE_WINDOW)
-        self._last_first_token_s = time.monotonic()
-
-    def saw_first_token(self, model: str, ttft_s: float) -> None:
-        """Count a first token; its time also feeds `expected_wait_s`."""
-        self.ttft_seconds.labels(model).observe(ttft_s)
-        now_s = time.monotonic()
-        # Idle time before a request came says nothing about how fast it was served
-        self._intervals_s.append(min(now_s - self._last_first_token_s, ttft_s))
-        self._last_first_token_s = now_s
-
-    def expected_wait_s(self, num_queued: int) -> float:
-        """How long a queue of this length takes at the recent pace of first tokens; 1 s without a history."""
-        intervals_s = self._intervals_s
-        if len(intervals_s) < 2:
-            return 1.0
-        return min(60.0, num_queued * sum(intervals_s) / len(intervals_s))

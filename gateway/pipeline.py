@@ -27,6 +27,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
         error: a sentence for the client when `finish` is `error`.
         retry_after_s: with `finish` `error`: the failure is for want of workers and worth a retry after so long
             (answered 503). None: an internal error (answered 500).
+        displaced: with `finish` `error`: a more urgent request took its place in a full queue (answered 429).
     """
 
     token_ids: list[int]
@@ -35,6 +36,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     error: str | None = None
     retry_after_s: float | None = None
+    displaced: bool = False
 
 
 class Generation(Protocol):
@@ -138,8 +140,8 @@ class Pipeline(Protocol):
 
         Requires: `prompt_ids` not empty, `len(prompt_ids) + params.max_tokens <= model.max_model_len`, `request_id`
         unique. Returns as soon as the sequence is admitted, before its first token.
-        Raises: gateway.errors.Overloaded at once when queues are full; gateway.errors.NoWorkers when no worker can
-        serve the model and none came within the bounded wait.
+        Raises: gateway.errors.Overloaded at once when its first token would come too late; gateway.errors.NoWorkers
+        when no worker can serve the model and none came within the bounded wait.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The table of live requests: admits, dispatches, listens, replays, cancels.
+"""The table of live requests: admits, listens, replays, cancels.
 
 One mechanism mends everything that is not a planned move: bump the epoch, tell the old holders to forget, and send the
 passport with all accepted tokens through prefill again (DESIGN section 5).
@@ -15,7 +15,6 @@ from fleet.messages import (
     Cancel,
     HandedOff,
     HandingOff,
-    PrefillRequest,
     Publication,
     RequestFinished,
     RequestNote,
@@ -25,10 +24,12 @@ from fleet.messages import (
 )
 from fleet.request_state import Transition
 from fleet.types import FinishReason, Passport, PeerRef, RequestState
-from gateway.booking import Bookings
+from gateway.admission import Admission
 from gateway.directory import Directory, Worker
+from gateway.dispatcher import Dispatcher
 from gateway.errors import NoWorkers, Overloaded
-from gateway.live import LiveRequest, Stage
+from gateway.holders import HolderIndex
+from gateway.live import LiveRequest
 from gateway.metrics import GatewayMetrics
 from gateway.router import Router
 
@@ -51,7 +52,7 @@ class RequestTable:
         router: Router,
         metrics: GatewayMetrics,
         record: Callable[[Transition], None],
-        max_queued: int,
+        admission: Admission,
         worker_wait_s: float,
         settle_s: float,
     ) -> None:
@@ -60,16 +61,15 @@ class RequestTable:
         self._router = router
         self._metrics = metrics
         self._record = record
-        self._max_queued = max_queued
+        self._admission = admission
         self._worker_wait_s = worker_wait_s
         self._settle_s = settle_s
-        self._bookings = Bookings()
         self._live: dict[str, LiveRequest] = {}
-        self._unrouted: dict[str, float] = {}
-        self._num_queued = 0
+        self._holders = HolderIndex()
+        self._dispatcher = Dispatcher(bus, router, self._holders, worker_wait_s=worker_wait_s)
         directory.on_lost = self._worker_lost
         directory.on_left = self._worker_left
-        directory.on_joined = lambda _: self.dispatch_unrouted()
+        directory.on_joined = lambda _: self.serve_waiting()
         directory.on_notes = self._compare_notes
 
     @property
@@ -80,63 +80,52 @@ class RequestTable:
     @property
     def num_queued(self) -> int:
         """Live requests without a first token."""
-        return self._num_queued
+        return self._admission.num_queued
 
     def admit(self, passport: Passport) -> LiveRequest:
-        """Take a request in and send it off, or let it wait for a worker to come.
+        """Take a request in and send it off as soon as there is room; it may push a less urgent one out.
 
         Raises:
-            Overloaded: too many requests wait for their first token already.
+            Overloaded: its first token would come too late, or too many wait already.
             NoWorkers: nobody serves the model and waiting is switched off.
         """
-        if self._num_queued >= self._max_queued:
-            self._metrics.rejected.labels("overloaded").inc()
-            raise Overloaded(
-                f"{self._num_queued} requests are waiting already; try again later",
-                retry_after_s=self._metrics.expected_wait_s(self._num_queued),
-            )
         if self._worker_wait_s <= 0 and not self._router.has_route(passport.model):
             self._metrics.rejected.labels("no_workers").inc()
             raise NoWorkers(f"no worker can serve {passport.model!r} now", retry_after_s=5)
+        try:
+            displaced = self._admission.require_room(passport)
+        except Overloaded:
+            self._metrics.rejected.labels("overloaded").inc()
+            raise
+        if displaced is not None:
+            self._displace(displaced)
         live = LiveRequest(passport, on_let_go=self._let_go)
         self._live[live.request_id] = live
-        self._num_queued += 1
+        self._admission.enter(live)
         self._metrics.prompt_tokens.labels(passport.model).inc(passport.prompt_len)
         self._note_state(live, RequestState.QUEUED, model=passport.model, prompt_tokens=passport.prompt_len)
-        self._dispatch(live)
+        self._dispatcher.send_off(live)
         return live
 
-    def _dispatch(self, live: LiveRequest) -> None:
-        passport = live.next_passport()
-        route = self._router.pick(passport.model, passport.token_ids, cache_salt=passport.cache_salt)
-        if route is None:
-            self._unrouted.setdefault(live.request_id, time.monotonic() + self._worker_wait_s)
-            return
-        self._unrouted.pop(live.request_id, None)
-        live.stage = Stage.PREFILLING
-        live.prefill_peer = route.prefill.peer
-        live.holders = [route.prefill.peer]
-        live.touched_s = time.monotonic()
-        live.missing_beats = 0
-        self._bookings.book(live.request_id, route.prefill, len(passport.token_ids))
-        self._bookings.book(live.request_id, route.targets[0], len(passport.token_ids))
-        request = PrefillRequest(passport=passport, targets=[worker.peer for worker in route.targets])
-        self._bus.send(route.prefill.peer.address, request)
+    def _displace(self, live: LiveRequest) -> None:
+        """A more urgent request takes its place in a full queue."""
+        self._metrics.rejected.labels("displaced").inc()
+        refusal = self._admission.overloaded(live.passport)
+        self._cancel_on_holders(live)
+        live.displaced = True
+        self._end(live, FinishReason.ERROR, error=str(refusal), retry_after_s=refusal.retry_after_s)
 
-    def dispatch_unrouted(self) -> None:
-        """Try again for the requests that wait for a worker."""
-        for request_id in list(self._unrouted):
-            self._dispatch(self._live[request_id])
+    def serve_waiting(self) -> None:
+        """Workers may have come or have room again."""
+        self._dispatcher.serve_waiting()
 
     def sweep(self) -> None:
-        """End what has waited for a worker too long."""
-        now = time.monotonic()
-        for request_id, deadline_s in list(self._unrouted.items()):
-            if now >= deadline_s:
-                live = self._live[request_id]
-                self._metrics.rejected.labels("no_workers").inc()
-                message = f"no worker came for {live.passport.model!r} within {self._worker_wait_s:g} s"
-                self._end(live, FinishReason.ERROR, error=message, retry_after_s=5)
+        """Look again for room, and end what has waited for a worker too long."""
+        self._dispatcher.serve_waiting()
+        for live in self._dispatcher.overdue():
+            self._metrics.rejected.labels("no_workers").inc()
+            message = f"no worker came for {live.passport.model!r} within {self._worker_wait_s:g} s"
+            self._end(live, FinishReason.ERROR, error=message, retry_after_s=5)
 
     # what workers say
 
@@ -181,26 +170,21 @@ class RequestTable:
     def _accept_handing_off(self, live: LiveRequest, event: HandingOff, worker: PeerRef) -> None:
         if not live.accept_handing_off(event, worker):
             return
-        taker = self._rebook(live, event.taker)
+        self._holders.follow(live)
+        taker = self._directory.get(event.taker)
+        self._dispatcher.rebook(live, taker)
         if live.moving_for is None:  # else it is decoded all the while, and its state goes back in Redis never
             self._note_state(live, RequestState.HANDING_OFF, decode_worker=event.taker.name, transport=event.transport)
         if taker is None:
             self.replay(live, "taker_gone")
 
     def _accept_handed_off(self, live: LiveRequest, worker: PeerRef) -> None:
-        self._rebook(live, worker)
+        self._holders.follow(live)
+        self._dispatcher.rebook(live, self._directory.get(worker))
         if live.moving_for is not None:
             self._metrics.migrations.labels(live.moving_for.value).inc()
             live.moving_for = None
         self._note_state(live, RequestState.DECODING, decode_worker=worker.name)
-
-    def _rebook(self, live: LiveRequest, peer: PeerRef) -> Worker | None:
-        """Count the request towards this worker alone; None if it is not known."""
-        self._bookings.release(live.request_id)
-        worker = self._directory.get(peer)
-        if worker is not None:
-            self._bookings.book(live.request_id, worker, live.prompt_len + len(live.output))
-        return worker
 
     def _accept_tokens(self, live: LiveRequest, chunk: TokenChunk, worker: PeerRef) -> None:
         first_before, last_before = live.first_token_s, live.last_token_s
@@ -210,12 +194,16 @@ class RequestTable:
         model = live.passport.model
         self._metrics.output_tokens.labels(model).inc(fresh)
         if first_before is None and live.first_token_s is not None:
-            self._num_queued -= 1
-            self._metrics.saw_first_token(model, live.first_token_s - live.created_s)
+            ttft_s = live.first_token_s - live.created_s
+            self._admission.saw_first_token(live, ttft_s)
+            self._metrics.ttft_seconds.labels(model).observe(ttft_s)
         elif last_before is not None and live.last_token_s is not None:
-            self._metrics.itl_seconds.labels(model).observe((live.last_token_s - last_before) / fresh)
-            if live.speaker not in (worker, None, live.prefill_peer):
-                self._metrics.migration_pause_seconds.labels(model).observe(live.last_token_s - last_before)
+            gap_s = live.last_token_s - last_before
+            self._metrics.itl_seconds.labels(model).observe(gap_s / fresh)
+            if live.speaker is None:  # the first word of an epoch in a stream that had begun
+                self._metrics.replay_pause_seconds.labels(model).observe(gap_s)
+            elif live.speaker not in (worker, live.prefill_peer):
+                self._metrics.migration_pause_seconds.labels(model).observe(gap_s)
         live.speaker = worker
         if live.is_complete() and live.ending is not None:
             self._end(live, live.ending.reason, error=live.ending.error)
@@ -229,8 +217,8 @@ class RequestTable:
             if live is None or note.epoch < live.epoch:
                 self._bus.send(worker.peer.address, Cancel(request_id=note.request_id, epoch=note.epoch))
         settled_s = time.monotonic() - self._settle_s
-        for live in list(self._live.values()):
-            if worker.peer not in live.holders or live.touched_s > settled_s:
+        for live in self._holders.of(worker.peer):
+            if live.touched_s > settled_s:
                 continue
             if (live.request_id, live.epoch) in listed:
                 live.missing_beats = 0
@@ -238,10 +226,11 @@ class RequestTable:
             live.missing_beats += 1
             if live.missing_beats >= MISSING_BEATS * len(live.holders):
                 self.replay(live, "lost_by_worker")
+        self._dispatcher.serve(worker.record.model)
 
     def _worker_lost(self, worker: Worker, reason: str) -> None:
-        self._bookings.forget(worker)
-        for live in [live for live in self._live.values() if worker.peer in live.holders]:
+        self._dispatcher.forget(worker)
+        for live in self._holders.of(worker.peer):
             live.num_lost += 1
             _log.info("request loses its worker", request_id=live.request_id, worker=worker.peer.name, reason=reason)
             if live.num_lost >= MAX_LOST:
@@ -251,9 +240,11 @@ class RequestTable:
 
     def _worker_left(self, worker: Worker) -> None:
         """It has given away or given back all that it held; what it kept to itself is replayed."""
-        self._bookings.forget(worker)
-        for live in [live for live in self._live.values() if worker.peer in live.holders]:
-            if not live.leave(worker.peer):
+        self._dispatcher.forget(worker)
+        for live in self._holders.of(worker.peer):
+            if live.leave(worker.peer):
+                self._holders.follow(live)
+            else:
                 self.replay(live, "worker_left")
 
     # moving on
@@ -268,11 +259,12 @@ class RequestTable:
             self._end(live, done)
             return
         live.begin_epoch()
-        self._bookings.release(live.request_id)
+        self._holders.follow(live)
+        self._dispatcher.leave(live)
         self._metrics.replays.labels(reason).inc()
         _log.info("request replayed", request_id=live.request_id, epoch=live.epoch, reason=reason)
         self._note_state(live, RequestState.QUEUED, output_tokens=len(live.output), replay_reason=reason)
-        self._dispatch(live)
+        self._dispatcher.send_off(live)
 
     def _let_go(self, live: LiveRequest, reason: FinishReason) -> None:
         """The client's side is done with it before its worker was."""
@@ -291,12 +283,11 @@ class RequestTable:
     ) -> None:
         if live.ended:
             return
-        if live.first_token_s is None:
-            self._num_queued -= 1
         live.end(reason, error=error, retry_after_s=retry_after_s)
         del self._live[live.request_id]
-        self._unrouted.pop(live.request_id, None)
-        self._bookings.release(live.request_id)
+        self._admission.leave(live)
+        self._holders.follow(live)
+        self._dispatcher.leave(live)
         self._metrics.finished.labels(live.passport.model, reason.value).inc()
         self._metrics.e2e_seconds.labels(live.passport.model).observe(time.monotonic() - live.created_s)
         state = RequestState.FAILED if reason is FinishReason.ERROR else RequestState.FINISHED
@@ -313,9 +304,11 @@ class RequestTable:
             ttft_ms=None if live.first_token_s is None else round((live.first_token_s - live.created_s) * 1e3, 1),
             total_ms=round((now_s - live.created_s) * 1e3, 1),
         )
+        self._dispatcher.serve(live.passport.model)
 
     def close(self) -> None:
         """End everything; for a gateway that stops."""
+        self._dispatcher.stop()
         for live in list(self._live.values()):
             self._cancel_on_holders(live)
             self._end(live, FinishReason.ERROR, error="the gateway is shutting down", retry_after_s=1)

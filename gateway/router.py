@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fleet.types import Fingerprint, Role
+from fleet.types import Fingerprint, Passport, Role
 from gateway.affinity import PrefixAffinity
 from gateway.directory import Directory, Worker
 
 MAX_TARGETS = 3
+GROWTH_TOKENS = 128
+"""Output for which a decode worker should have pages left when it gets a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +35,21 @@ class Router:
         decoders = {w.record.fingerprint for w in self._directory.workers(model=model, role=Role.DECODE)}
         return any(w.record.fingerprint in decoders for w in self._directory.workers(model=model, role=Role.PREFILL))
 
-    def pick(self, model: str, token_ids: Sequence[int], *, cache_salt: str) -> Route | None:
-        """The cheapest route now, or None when there is none.
+    def pick(self, passport: Passport) -> Route | None:
+        """The cheapest route now, or None when there is none, or no decode worker on it has room.
 
         A prefill worker costs what is booked on it plus what it would have to compute of this prompt; a decode worker
-        costs the tokens booked on it relative to its pool, and one whose slots are all taken comes last.
+        costs the tokens booked on it relative to its pool, and one without room comes last.
         """
+        model, token_ids = passport.model, passport.token_ids
+        num_to_come = passport.params.max_tokens - passport.next_index
+        num_tokens = len(token_ids) + min(GROWTH_TOKENS, num_to_come)
         decoders = self._directory.workers(model=model, role=Role.DECODE)
-        shapes: set[Fingerprint] = {w.record.fingerprint for w in decoders}
+        shapes: set[Fingerprint] = {w.record.fingerprint for w in decoders if w.has_room(num_tokens)}
         givers = [w for w in self._directory.workers(model=model, role=Role.PREFILL) if w.record.fingerprint in shapes]
         if not givers:
             return None
-        chain = self._affinity.chain(token_ids, salt=f"{model}\0{cache_salt}")
+        chain = self._affinity.chain(token_ids, salt=f"{model}\0{passport.cache_salt}")
         seen = self._affinity.seen_tokens(chain)
 
         def prefill_cost(worker: Worker) -> tuple[float, float]:
@@ -56,10 +60,8 @@ class Router:
         self._affinity.remember(chain, prefill.peer)
 
         def decode_cost(worker: Worker) -> tuple[bool, float, float]:
-            record = worker.record
-            full = worker.booked_requests >= record.max_num_seqs
-            pool_tokens = max(1, record.num_pages * record.page_size)
-            return full, worker.booked_tokens / pool_tokens, self._random.random()
+            pool_tokens = max(1, worker.record.num_pages * worker.record.page_size)
+            return not worker.has_room(num_tokens), worker.booked_tokens / pool_tokens, self._random.random()
 
         matching = [w for w in decoders if w.record.fingerprint == prefill.record.fingerprint]
         return Route(prefill, sorted(matching, key=decode_cost)[:MAX_TARGETS])

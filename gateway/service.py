@@ -24,6 +24,7 @@ from fleet.registry import Registry
 from fleet.request_state import RequestStateWriter
 from fleet.service_settings import GatewaySettings
 from fleet.types import PeerRef
+from gateway.admission import Admission
 from gateway.api.config import MAX_GENERATIONS, ApiConfig
 from gateway.api.rate_limit import RateLimiter
 from gateway.app import create_app
@@ -124,14 +125,14 @@ async def _run(
         router=Router(directory),
         metrics=metrics,
         record=states.record,
-        max_queued=settings.max_queued_requests,
+        admission=Admission(max_queued=settings.max_queued_requests, max_wait_s=settings.max_queue_wait_s),
         worker_wait_s=settings.worker_wait_s,
         settle_s=settings.heartbeat_s * 2,
     )
 
     def joined(worker: Worker) -> None:
         catalog.want(worker.record)
-        table.dispatch_unrouted()
+        table.serve_waiting()
 
     directory.on_joined = joined
     app = create_app(

@@ -14,7 +14,7 @@ from fleet.types import FinishReason, SamplingParams
 from gateway.api.context import ApiContext
 from gateway.api.responses import PromptTokensDetails, Usage
 from gateway.api.sampling import for_sample
-from gateway.errors import ApiError, GenerationFailed, Unavailable
+from gateway.errors import ApiError, GenerationFailed, RateLimited, Unavailable
 from gateway.pipeline import Generation, ServedModel, Tokens
 from gateway.text.assembler import Piece, TextAssembler, TextOptions
 
@@ -111,6 +111,8 @@ Sink = Callable[[Output, Piece], Awaitable[None]]
 
 def _failure(tokens: Tokens) -> ApiError:
     message = tokens.error or "The generation was interrupted."
+    if tokens.displaced:
+        return RateLimited(message, retry_after_s=tokens.retry_after_s or 1.0, code="server_overloaded")
     if tokens.retry_after_s is not None:
         return Unavailable(message, retry_after_s=tokens.retry_after_s)
     return GenerationFailed(message)

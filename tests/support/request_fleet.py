@@ -10,6 +10,7 @@ from fleet.bus import Bus
 from fleet.messages import HandingOff, Heartbeat, MoveReason, PrefillRequest, Publication, TokenChunk
 from fleet.request_state import Transition
 from fleet.types import Fingerprint, Passport, PeerRef, Role, SamplingParams, WorkerRecord
+from gateway.admission import Admission
 from gateway.directory import Directory
 from gateway.live import LiveRequest
 from gateway.metrics import GatewayMetrics
@@ -20,7 +21,9 @@ from support.fake_bus import FakeBus
 GATEWAY = PeerRef("g", 1, "tcp://g")
 
 
-def record(name: str, role: Role, *, incarnation: int = 1, model: str = "m", layers: int = 1) -> WorkerRecord:
+def record(
+    name: str, role: Role, *, incarnation: int = 1, model: str = "m", layers: int = 1, seats: int = 64
+) -> WorkerRecord:
     return WorkerRecord(
         peer=PeerRef(name, incarnation, f"tcp://{name}.{incarnation}"),
         role=role,
@@ -28,7 +31,7 @@ def record(name: str, role: Role, *, incarnation: int = 1, model: str = "m", lay
         fingerprint=Fingerprint("f", "float32", layers, 1, 8, 16, "page-major-1", 1),
         model_files="d",
         max_model_len=100,
-        max_num_seqs=4,
+        max_num_seqs=seats,
         page_size=16,
         num_pages=30,
         host="h",
@@ -40,7 +43,7 @@ def record(name: str, role: Role, *, incarnation: int = 1, model: str = "m", lay
 class Fleet:
     """A gateway's table with a made-up fleet around it."""
 
-    def __init__(self, *, max_queued: int = 100, worker_wait_s: float = 10.0) -> None:
+    def __init__(self, *, max_queued: int = 100, max_wait_s: float = 0.0, worker_wait_s: float = 10.0) -> None:
         self.bus = FakeBus()
         self.states: list[Transition] = []
         bus = cast("Bus", self.bus)
@@ -52,7 +55,7 @@ class Fleet:
             router=Router(self.directory, seed=0),
             metrics=self.metrics,
             record=self.states.append,
-            max_queued=max_queued,
+            admission=Admission(max_queued=max_queued, max_wait_s=max_wait_s),
             worker_wait_s=worker_wait_s,
             settle_s=0.0,
         )
@@ -62,7 +65,7 @@ class Fleet:
         self.directory.heartbeat(Heartbeat(record=joined, requests=[]))
         return joined.peer
 
-    def admit(self, request_id: str = "r", **params: object) -> LiveRequest:
+    def admit(self, request_id: str = "r", *, priority: int = 0, **params: object) -> LiveRequest:
         passport = Passport(
             request_id=request_id,
             epoch=0,
@@ -71,6 +74,7 @@ class Fleet:
             prompt_len=3,
             params=SamplingParams(**{"max_tokens": 10, **params}),  # type: ignore[arg-type]
             gateway=GATEWAY,
+            priority=priority,
         )
         return self.table.admit(passport)
 

@@ -1,0 +1,86 @@
+"""Sends requests to workers: in order of urgency, as soon as there is room, with load booked at the pick."""
+
+from __future__ import annotations
+
+import time
+
+from fleet.bus import Bus
+from fleet.messages import PrefillRequest
+from fleet.types import Passport
+from gateway.booking import Bookings
+from gateway.directory import Worker
+from gateway.holders import HolderIndex
+from gateway.live import LiveRequest, Stage
+from gateway.router import Route, Router
+from gateway.waiting_room import WaitingRoom
+
+
+class Dispatcher:
+    """From the waiting room over the router onto the bus.
+
+    A request that found its way counts towards its workers until `leave`.
+    """
+
+    def __init__(self, bus: Bus, router: Router, holders: HolderIndex, *, worker_wait_s: float) -> None:
+        self._bus = bus
+        self._router = router
+        self._holders = holders
+        self._bookings = Bookings()
+        self._room = WaitingRoom(worker_wait_s)
+        self._stopped = False
+
+    def send_off(self, live: LiveRequest) -> None:
+        """Dispatch a request, or let it wait for its turn."""
+        self._room.enter(live)
+        self.serve(live.passport.model)
+
+    def serve_waiting(self) -> None:
+        """Dispatch for every model whom there is room for."""
+        for model in self._room.models():
+            self.serve(model)
+
+    def serve(self, model: str) -> None:
+        """Dispatch those who wait for this model, in order, while there is room."""
+        while not self._stopped and (live := self._room.first(model)) is not None:
+            passport = live.next_passport()
+            route = self._router.pick(passport)
+            self._room.mark(model, served=route is not None or self._router.has_route(model))
+            if route is None:
+                return
+            self._room.leave(live)
+            self._dispatch(live, passport, route)
+
+    def _dispatch(self, live: LiveRequest, passport: Passport, route: Route) -> None:
+        live.stage = Stage.PREFILLING
+        live.prefill_peer = route.prefill.peer
+        live.holders = [route.prefill.peer]
+        self._holders.follow(live)
+        live.touched_s = time.monotonic()
+        live.missing_beats = 0
+        for worker in (route.prefill, route.targets[0]):
+            self._bookings.book(live.request_id, worker, len(passport.token_ids))
+        request = PrefillRequest(passport=passport, targets=[worker.peer for worker in route.targets])
+        self._bus.send(route.prefill.peer.address, request)
+
+    def rebook(self, live: LiveRequest, worker: Worker | None) -> None:
+        """Count the request towards this worker alone."""
+        self._bookings.release(live.request_id)
+        if worker is not None:
+            self._bookings.book(live.request_id, worker, live.prompt_len + len(live.output))
+
+    def forget(self, worker: Worker) -> None:
+        """A worker is gone."""
+        self._bookings.forget(worker)
+
+    def leave(self, live: LiveRequest) -> None:
+        """The request is over, or begins anew. Idempotent."""
+        self._room.leave(live)
+        self._bookings.release(live.request_id)
+
+    def overdue(self) -> list[LiveRequest]:
+        """Those for whom no worker has come in time."""
+        return [live for model in self._room.models() for live in self._room.overdue(model)]
+
+    def stop(self) -> None:
+        """Dispatch nothing any more."""
+        self._stopped = True
