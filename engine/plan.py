@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.sequence import Sequence
@@ -43,17 +44,45 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooled:
+    """What a row adds to its prompt's vector: the sum of its tokens' final hidden states, or the last token's.
+
+    `values` are float32 in this machine's order, as many as the model's hidden size.
+    """
+
+    values: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """Log-probabilities of the prompt tokens from `position` on that a row predicted."""
+
+    position: int
+    logprobs: list[TokenLogprob]
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """This row alone could not be computed or sampled; the message says why in one sentence for the client."""
 
     message: str
 
 
+Result = Sampled | Pooled | Failed
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """As long as the plan's rows; None where a row did not sample, `Failed` where it must end with an error."""
+    """What the rows of a plan gave.
 
-    sampled: tuple[Sampled | Failed | None, ...]
+    Attributes:
+        sampled: as long as the plan's rows; None where a row has nothing to give, `Failed` where it must end with an
+            error, `Pooled` where its sequence is to become a vector.
+        scored: by index of the row, where a sequence asked for log-probabilities of its prompt.
+    """
+
+    sampled: tuple[Result | None, ...]
+    scored: Mapping[int, ScoredPrompt] = field(default_factory=dict)
 
 
 class Runner(Protocol):

@@ -9,6 +9,8 @@ budget from the prompt that is first in order, then the next, until tokens, page
 - A more urgent prompt takes the budget from the next chunk on; the one interrupted keeps its pages.
 - Pages for the whole prompt are taken when its first chunk is scheduled, hence a prompt under way never lacks any.
   Where they lack, the first waiting prompt waits and none behind it passes, or large ones would never find room.
+- A prompt whose next page is just being computed for another one waits for that page and is passed meanwhile, so the
+  samples of one request compute their prompt once.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def _order(sequence: Sequence) -> tuple[int, int]:
 class PrefillScheduler:
     """Sequences wait, are computed chunk by chunk, and keep their pages as PREFILLED until `release`.
 
-    A sequence that was replayed with output in its passport is just a longer prompt.
+    A sequence that was replayed with output in its passport is just a longer prompt. One that never samples
+    (`max_tokens` 0) is DONE as soon as it is computed.
 
     Args:
         pool: where pages come from.
@@ -91,7 +94,7 @@ class PrefillScheduler:
         finished = finished_on_arrival(sequence, self._limits.max_model_len)
         if finished is not None:
             raise AlreadyFinished(finished)
-        if num_tokens >= self._limits.max_model_len:
+        if num_tokens >= self._limits.max_model_len + sequence.is_prompt_only:
             raise SequenceTooLong(
                 f"a prompt of {num_tokens} tokens leaves no room for output within {self._limits.max_model_len} tokens"
             )
@@ -136,7 +139,12 @@ class PrefillScheduler:
         if not chosen:
             return None
         rows = (
-            Row(sequence, sequence.num_computed_tokens, count, sample=count == sequence.num_uncomputed_tokens)
+            Row(
+                sequence,
+                sequence.num_computed_tokens,
+                count,
+                sample=count == sequence.num_uncomputed_tokens and not sequence.is_prompt_only,
+            )
             for sequence, count in zip(chosen, counts, strict=True)
         )
         return self._in_flight.start(StepPlan(tuple(rows)))
@@ -145,7 +153,7 @@ class PrefillScheduler:
         """Book the results of the plan in flight.
 
         A sequence that sampled is PREFILLED and holds its pages until `release`, unless that token ended it (by a
-        stop id, or by its length): then it is DONE, its pages are released and the row says why.
+        stop id, or by its length) or it samples none: then it is DONE, its pages are released and the row says why.
 
         Raises:
             StepOutOfOrder: `plan` is not the one in flight.
@@ -153,7 +161,7 @@ class PrefillScheduler:
         """
         self._in_flight.finish(plan, out)
         rows = []
-        for row, result in zip(plan.rows, out.sampled, strict=True):
+        for at, (row, result) in enumerate(zip(plan.rows, out.sampled, strict=True)):
             sequence = row.sequence
             if sequence.phase is Phase.DONE:  # aborted during the step
                 self._free_pages(sequence)
@@ -161,6 +169,7 @@ class PrefillScheduler:
             progress = settle(
                 row,
                 result,
+                out.scored.get(at),
                 cache=self._cache,
                 page_size=self._pool.page_size,
                 max_model_len=self._limits.max_model_len,
@@ -204,27 +213,50 @@ class PrefillScheduler:
         """Running sequences and, as far as there is room, waiting ones, in order of service; begins them lazily."""
         running = list(self._running)
         position = 0
+        num_passed = 0
         may_begin = True
         while True:
-            head = self._waiting[0] if may_begin and self._waiting else None
+            head = self._waiting[num_passed] if may_begin and num_passed < len(self._waiting) else None
             if position < len(running) and (head is None or _order(running[position]) < _order(head)):
                 yield running[position]
                 position += 1
             elif head is None:
                 return
+            elif self._is_being_computed(head):
+                num_passed += 1
             elif self._begin(head):
                 yield head
             else:
                 may_begin = False
 
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether an earlier sequence is about to fill the first page that the cache lacks for this one."""
+        if not self._cache.enabled:
+            return False
+        reusable = self._reusable(sequence)
+        missing = next((at for at, page_hash in enumerate(reusable) if page_hash not in self._cache), None)
+        return missing is not None and any(
+            missing < len(other.page_hashes) and other.page_hashes[missing] == reusable[missing]
+            for other in self._running
+            if _order(other) < _order(sequence)
+        )
+
+    def _reusable(self, sequence: Sequence) -> list[bytes]:
+        """Names of the pages that a sequence could take from the cache.
+
+        The last token is always computed, since its logits are what we are after.
+        """
+        if sequence.needs_every_token:
+            return []
+        return sequence.page_hashes[: (len(sequence.token_ids) - 1) // self._pool.page_size]
+
     def _begin(self, sequence: Sequence) -> bool:
-        """Move the first waiting sequence to the running ones with all its pages, or return False."""
+        """Move a waiting sequence to the running ones with all its pages, or return False."""
         if len(self._running) >= self._limits.max_num_seqs:
             return False
         page_size = self._pool.page_size
         num_tokens = len(sequence.token_ids)
-        # The last token is always computed, since its logits are what we are after.
-        cached = self._cache.match(sequence.page_hashes[: (num_tokens - 1) // page_size])
+        cached = self._cache.match(self._reusable(sequence))
         try:
             fresh = self._pool.allocate(pages_for(num_tokens, page_size) - len(cached))
         except OutOfPages:
@@ -234,7 +266,7 @@ class PrefillScheduler:
         sequence.num_cached_tokens = sequence.num_computed_tokens = len(cached) * page_size
         sequence.phase = Phase.RUNNING
         self._cache.record(query_tokens=num_tokens, hit_tokens=sequence.num_cached_tokens)
-        self._waiting.pop(0)
+        self._waiting.remove(sequence)
         insort(self._running, sequence, key=_order)
         return True
 

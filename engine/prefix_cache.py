@@ -104,6 +104,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._page_of)
 
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is ever found."""
+        return self._enabled
+
     def __contains__(self, page_hash: bytes) -> bool:
         return page_hash in self._page_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.plan import Failed, Row, Sampled
+from engine.plan import Failed, Pooled, Result, Row, Sampled, ScoredPrompt
 from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
 from engine.stopping import finish_reason
@@ -24,6 +24,8 @@ class RowProgress:
         index: output index of that token; where there is none, of the next one.
         finish: why the sequence ended with this row; its pages are released already.
         error: a sentence for the client, exactly when `finish` is `error`.
+        pooled: what the row adds to the sequence's vector, if it is to become one.
+        scored: log-probabilities of prompt tokens that the row predicted, if the sequence asked for them.
     """
 
     sequence: Sequence
@@ -32,6 +34,8 @@ class RowProgress:
     index: int
     finish: FinishReason | None = None
     error: str | None = None
+    pooled: Pooled | None = None
+    scored: ScoredPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class StepProgress:
 
 def settle(
     row: Row,
-    result: Sampled | Failed | None,
+    result: Result | None,
+    scored: ScoredPrompt | None = None,
     *,
     cache: PrefixCache,
     page_size: int,
@@ -52,13 +57,16 @@ def settle(
     """Book one row: what is computed, which pages it filled and named, the token, and whether that was the last.
 
     Mutates: the sequence's counts, ids and chain; names pages in `cache`. Phases and releases are the scheduler's.
-    A row that should have sampled and did not is a failed one.
+    A row that should have given a token or the end of a vector and did not is a failed one.
     """
     sequence = row.sequence
     index = sequence.num_output_tokens
     first_page = 0 if row.start == sequence.num_cached_tokens else row.start // page_size
-    if row.sample and result is None:
+    is_whole = row.start + row.count == len(sequence.token_ids)
+    if row.sample and not isinstance(result, Sampled | Failed):
         result = Failed(message="the model step returned no token for this request")
+    if is_whole and sequence.passport.pooling is not None and result is None:
+        result = Failed(message="the model step returned no vector for this request")
     if isinstance(result, Failed):
         nothing = range(first_page, first_page)
         return RowProgress(sequence, nothing, None, index, FinishReason.ERROR, result.message)
@@ -71,9 +79,11 @@ def settle(
             sequence.chain.hashes[new_pages.start : new_pages.stop],
             sequence.page_table[new_pages.start : new_pages.stop],
         )
-    if not row.sample or result is None:
-        return RowProgress(sequence, new_pages, None, index)
+    if not row.sample or not isinstance(result, Sampled):
+        finish = FinishReason.LENGTH if sequence.is_prompt_only and is_whole else None
+        pooled = result if isinstance(result, Pooled) else None
+        return RowProgress(sequence, new_pages, None, index, finish, pooled=pooled, scored=scored)
 
     finish = finish_reason(sequence, result.token_id, max_model_len)
     sequence.token_ids.append(result.token_id)
-    return RowProgress(sequence, new_pages, result, index, finish)
+    return RowProgress(sequence, new_pages, result, index, finish, scored=scored)

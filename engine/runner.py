@@ -10,7 +10,8 @@ import torch
 from engine.inputs import InputShape, StepInputs, build_inputs, row_error
 from engine.kv_pool import page_shape
 from engine.load import LoadedModel
-from engine.plan import Failed, Row, Sampled, StepOutput, StepPlan
+from engine.plan import Failed, Result, Row, ScoredPrompt, StepOutput, StepPlan
+from engine.prompt_outputs import needs_hidden_states, pool, score
 from engine.sampler import sample
 
 
@@ -51,7 +52,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepOutput:
         """Run one step; blocking. A bad row yields `Failed` for itself and leaves the others as they would be."""
         began_s = time.perf_counter()
-        results: list[Sampled | Failed | None] = [None] * len(plan.rows)
+        results: list[Result | None] = [None] * len(plan.rows)
         good: list[int] = []
         for at, row in enumerate(plan.rows):
             problem = self._row_error(row)
@@ -64,7 +65,11 @@ class ModelRunner:
         rows = [plan.rows[at] for at in good]
         inputs = build_inputs(rows, self._input_shape)
         built_s = time.perf_counter()
-        logits = self.forward(inputs)
+        scored: dict[int, ScoredPrompt] = {}
+        if any(needs_hidden_states(row) for row in rows):
+            logits = self._forward_with_prompts(plan, good, inputs, results, scored)
+        else:
+            logits = self.forward(inputs)
         forwarded_s = time.perf_counter()
         sampling = [at for at in good if plan.rows[at].sample]
         if sampling:
@@ -78,7 +83,30 @@ class ModelRunner:
             sample_s=time.perf_counter() - forwarded_s,
             num_tokens=sum(row.count for row in rows),
         )
-        return StepOutput(tuple(results))
+        return StepOutput(tuple(results), scored)
+
+    @torch.inference_mode()
+    def _forward_with_prompts(
+        self,
+        plan: StepPlan,
+        good: list[int],
+        inputs: StepInputs,
+        results: list[Result | None],
+        scored: dict[int, ScoredPrompt],
+    ) -> torch.Tensor:
+        """Like `forward`, where some rows want vectors or scores of their prompts. Mutates: `results` and `scored`."""
+        transformer = self._model.transformer
+        hidden = transformer.hidden_states(inputs, self._pool)
+        begin = 0
+        for at in good:
+            row = plan.rows[at]
+            states = hidden[begin : begin + row.count]
+            begin += row.count
+            if row.sequence.passport.pooling is not None:
+                results[at] = pool(transformer, states, row)
+            elif (scores := score(transformer, states, row)) is not None:
+                scored[at] = scores
+        return transformer.logits(hidden[inputs.sampled_tokens])
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:

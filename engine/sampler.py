@@ -16,12 +16,11 @@ import torch
 
 from engine.candidates import Cuts, draw
 from engine.logit_edits import edit_row, needs_edits
+from engine.logprobs import token_logprob
 from engine.noise import as_int64, uniforms
 from engine.plan import Failed, Sampled
 from engine.sequence import Sequence
-from fleet.types import TokenLogprob, TopLogprob
-
-LOGPROB_FLOOR = -9999.0  # JSON has no infinity; OpenAI's API uses the same value for "as good as impossible"
+from fleet.types import TokenLogprob
 
 
 def sample(logits: torch.Tensor, sequences: Many[Sequence]) -> list[Sampled | Failed]:
@@ -101,15 +100,5 @@ class _RawLogprobs:
         place = self._place.get(row)
         if place is None:
             return None
-        count = self._counts[place]
         best = zip(self._top_ids[place], self._top_scores[place], strict=True)
-        ordered = sorted(best, key=lambda pair: (-pair[1], pair[0]))[:count]
-        return TokenLogprob(
-            logprob=_floored(float(self._values[place, token_id])),
-            top=[TopLogprob(token_id=token, logprob=_floored(value)) for token, value in ordered],
-        )
-
-
-def _floored(logprob: float) -> float:
-    """Minus infinity has no JSON."""
-    return max(logprob, LOGPROB_FLOOR)
+        return token_logprob(float(self._values[place, token_id]), best, num_top=self._counts[place])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from engine.prefix_cache import HashChain
-from fleet.types import Passport, SamplingParams
+from fleet.types import Passport, Pooling, SamplingParams
 
 
 class Phase(StrEnum):
@@ -64,6 +64,16 @@ class Sequence:
         return self.passport.params
 
     @property
+    def is_prompt_only(self) -> bool:
+        """Whether it ends with its prompt and never samples."""
+        return self.passport.is_prompt_only
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether the whole prompt must go through the model: pages hold no logits and no hidden states."""
+        return self.passport.pooling is Pooling.MEAN or self.passport.params.prompt_logprobs is not None
+
+    @property
     def page_hashes(self) -> list[bytes]:
         """Names of the leading full pages of `token_ids`, as far as known; not to be mutated."""
         return self.chain.hashes if self.chain is not None else []
@@ -96,4 +106,5 @@ class Sequence:
             gateway=arrived.gateway,
             cache_salt=arrived.cache_salt,
             priority=arrived.priority,
+            pooling=arrived.pooling,
         )

@@ -81,8 +81,11 @@ class Transformer:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and vocabulary head, `[R, E]` -> `[R, V]` float32."""
-        normed = self.backend.rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
-        return self.lm_head(normed).to(torch.float32)
+        return self.lm_head(self.normed(hidden)).to(torch.float32)
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm, `[R, E]` -> `[R, E]`: what the vocabulary head reads, and embeddings are made of."""
+        return self.backend.rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
 
     def _attention(
         self,

@@ -8,6 +8,7 @@ gets it. What giver and taker say to each other is in `fleet.hand_off_messages`.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -66,6 +67,26 @@ class TokenChunk(BusMessage, frozen=True, kw_only=True):
     index: Index
     token_ids: list[TokenId]
     logprobs: list[TokenLogprob] | None = None
+
+
+class PromptLogprobs(BusMessage, frozen=True, kw_only=True):
+    """Log-probabilities of the prompt tokens `position`, `position + 1`, …: what one step computed of them.
+
+    The positions of a request come in order, and before its first token.
+    """
+
+    request_id: str
+    epoch: Epoch
+    position: Annotated[int, msgspec.Meta(ge=1)]
+    logprobs: list[TokenLogprob]
+
+
+class Embedded(BusMessage, frozen=True, kw_only=True):
+    """The vector of a prompt: little-endian float32, of length 1. Its RequestFinished follows."""
+
+    request_id: str
+    epoch: Epoch
+    vector: bytes
 
 
 class RequestStarted(BusMessage, frozen=True, kw_only=True):
@@ -127,11 +148,14 @@ class Returned(BusMessage, frozen=True, kw_only=True):
     reason: str
 
 
+Event = TokenChunk | PromptLogprobs | Embedded | RequestStarted | HandingOff | HandedOff | RequestFinished | Returned
+
+
 class Publication(BusMessage, frozen=True, kw_only=True):
-    """What one step had to say to one gateway, in order: started, tokens, hand-offs, ends."""
+    """What one step had to say to one gateway, in order: started, prompt results, tokens, hand-offs, ends."""
 
     worker: PeerRef
-    events: list[TokenChunk | RequestStarted | HandingOff | HandedOff | RequestFinished | Returned]
+    events: list[Event]
 
 
 class RequestNote(msgspec.Struct, frozen=True, array_like=True):

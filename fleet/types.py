@@ -42,6 +42,13 @@ class RequestState(StrEnum):
     FAILED = "failed"
 
 
+class Pooling(StrEnum):
+    """How the hidden states of a prompt become one vector."""
+
+    MEAN = "mean"
+    LAST = "last"
+
+
 class PeerRef(msgspec.Struct, frozen=True, omit_defaults=True):
     """One process life. A restart in place keeps the name and changes the incarnation.
 
@@ -90,10 +97,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         stop_token_ids: ids that end the sequence (the model's end-of-sequence ids are among them unless
             the client asked to ignore them). The stopping id is delivered as the last token.
         min_tokens: the stop ids cannot be sampled before this many output tokens.
-        max_tokens: output tokens over all epochs, resolved by the gateway against the model's length.
+        max_tokens: output tokens over all epochs, resolved by the gateway against the model's length. 0: the prompt
+            alone is computed, for what it tells (log-probabilities, a vector), and no decode worker is needed.
         logprobs: None: none; k >= 0: log-probability of each chosen token and of the k likeliest.
         grammar: None: any output; else only tokens that keep the output on its way to a match can be chosen.
             It wins over bias and penalties; the sequence stops when no longer output could match.
+        prompt_logprobs: likewise of each prompt token but the first, which nothing predicts.
     """
 
     temperature: float = 1.0
@@ -107,9 +116,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0
     stop_token_ids: tuple[TokenId, ...] = ()
     min_tokens: int = 0
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)] = 16
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=128)] | None = None
     grammar: Grammar | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=128)] | None = None
 
 
 class Passport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -125,6 +135,7 @@ class Passport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         gateway: who owns the request and hears its tokens.
         cache_salt: separates prefix-cache names (tenants); empty shares.
         priority: lower is served earlier; ties go by arrival.
+        pooling: how to make a vector of the prompt; None: none. Goes with `max_tokens` 0.
     """
 
     request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -136,6 +147,12 @@ class Passport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     gateway: PeerRef
     cache_salt: str = ""
     priority: int = 0
+    pooling: Pooling | None = None
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether it ends with its prompt: no token is to come, and no decode worker is needed."""
+        return self.params.max_tokens == 0
 
     @property
     def next_index(self) -> int:
@@ -227,7 +244,11 @@ class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of a chosen token and of the likeliest ones, best first."""
+    """Log-probability of a token and of the likeliest ones, best first.
+
+    `rank` is the token's place among all candidates, 1 the likeliest; 0 where it was not counted (output tokens).
+    """
 
     logprob: float
     top: list[TopLogprob] = []
+    rank: int = 0

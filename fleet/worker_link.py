@@ -16,18 +16,13 @@ from fleet.bus import Bus
 from fleet.errors import NameTaken
 from fleet.logs import get_logger
 from fleet.messages import (
+    Event,
     GatewayHello,
     Goodbye,
-    HandedOff,
-    HandingOff,
     Heartbeat,
     MetricFamily,
     Publication,
-    RequestFinished,
     RequestNote,
-    RequestStarted,
-    Returned,
-    TokenChunk,
 )
 from fleet.model_files import ModelFiles
 from fleet.redis_client import UNAVAILABLE, Redis
@@ -36,8 +31,6 @@ from fleet.settings import FleetSettings
 from fleet.types import PeerRef, WorkerRecord
 
 FILES_EVERY_BEATS = 20
-
-Event = TokenChunk | RequestStarted | HandingOff | HandedOff | RequestFinished | Returned
 
 _log = get_logger("worker_link")
 

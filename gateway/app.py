@@ -16,6 +16,7 @@ from gateway.api.auth import KeyGuard, KeyStore
 from gateway.api.config import ApiConfig
 from gateway.api.context import ApiContext
 from gateway.api.documentation import document_bodies, openapi_config
+from gateway.api.embeddings import embeddings
 from gateway.api.http_metrics import HttpMetrics
 from gateway.api.rate_limit import RateLimiter
 from gateway.api.replies import exception_handlers
@@ -51,6 +52,7 @@ def create_app(
         route_handlers=[
             endpoints.chat_completions,
             endpoints.completions,
+            embeddings,
             endpoints.list_models,
             endpoints.get_model,
             endpoints.tokenize,

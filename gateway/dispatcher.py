@@ -44,7 +44,7 @@ class Dispatcher:
         while not self._stopped and (live := self._room.first(model)) is not None:
             passport = live.next_passport()
             route = self._router.pick(passport)
-            self._room.mark(model, served=route is not None or self._router.has_route(model))
+            self._room.mark(model, served=route is not None or self._router.has_route(passport))
             if route is None:
                 return
             self._room.leave(live)
@@ -57,7 +57,7 @@ class Dispatcher:
         self._holders.follow(live)
         live.touched_s = time.monotonic()
         live.missing_beats = 0
-        for worker in (route.prefill, route.targets[0]):
+        for worker in (route.prefill, *route.targets[:1]):
             self._bookings.book(live.request_id, worker, len(passport.token_ids))
         request = PrefillRequest(passport=passport, targets=[worker.peer for worker in route.targets])
         self._bus.send(route.prefill.peer.address, request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fleet.types import Passport, PeerRef, SamplingParams
+from fleet.types import Passport, PeerRef, Pooling, SamplingParams
 from gateway.catalog import Catalog
 from gateway.pipeline import Generation, Readiness, ServedModel
 from gateway.requests import RequestTable
@@ -35,6 +35,7 @@ class FleetPipeline:
         request_id: str,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> Generation:
         """Admit one sequence and start it; see the Protocol."""
         passport = Passport(
@@ -47,6 +48,7 @@ class FleetPipeline:
             gateway=self._me,
             cache_salt=cache_salt,
             priority=priority,
+            pooling=pooling,
         )
         return self._table.admit(passport)
 

@@ -11,7 +11,18 @@ import time
 from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
 
-from fleet.messages import HandedOff, HandingOff, MoveReason, RequestFinished, RequestStarted, TokenChunk
+import msgspec
+
+from fleet.messages import (
+    Embedded,
+    HandedOff,
+    HandingOff,
+    MoveReason,
+    PromptLogprobs,
+    RequestFinished,
+    RequestStarted,
+    TokenChunk,
+)
 from fleet.types import FinishReason, Passport, PeerRef, TokenLogprob
 from gateway.pipeline import Tokens
 
@@ -59,6 +70,9 @@ class LiveRequest:
         self.displaced = False
         self.output: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] = []  # of the prompt tokens from the second on
+        self._num_prompt_logprobs_read = 0
+        self._vector: bytes | None = None
         self._num_read = 0
         self._finish_read = False
         self._early: dict[int, TokenChunk] = {}
@@ -93,11 +107,14 @@ class LiveRequest:
 
     def _take(self) -> Tokens:
         begin, self._num_read = self._num_read, len(self.output)
+        first, self._num_prompt_logprobs_read = self._num_prompt_logprobs_read, len(self._prompt_logprobs)
         asked = self.passport.params.logprobs is not None
         self._finish_read = self.finish is not None
         return Tokens(
             token_ids=self.output[begin:],
             logprobs=self._logprobs[begin:] if asked else None,
+            prompt_logprobs=self._prompt_logprobs[first:],
+            vector=self._vector,
             finish=self.finish,
             cached_tokens=self.cached_tokens,
             error=self.error,
@@ -121,16 +138,11 @@ class LiveRequest:
     def next_passport(self) -> Passport:
         """The passport for the current epoch: prompt and all tokens accepted so far."""
         arrived = self.passport
-        return Passport(
-            request_id=arrived.request_id,
-            epoch=self.epoch,
-            model=arrived.model,
-            token_ids=arrived.token_ids + self.output,
-            prompt_len=arrived.prompt_len,
-            params=arrived.params,
-            gateway=arrived.gateway,
-            cache_salt=arrived.cache_salt,
-            priority=arrived.priority,
+        params = arrived.params
+        if params.prompt_logprobs is not None and self._num_missing_prompt_logprobs() == 0:
+            params = msgspec.structs.replace(params, prompt_logprobs=None)
+        return msgspec.structs.replace(
+            arrived, epoch=self.epoch, token_ids=arrived.token_ids + self.output, params=params
         )
 
     def begin_epoch(self) -> None:
@@ -197,6 +209,20 @@ class LiveRequest:
             self._ready.set()
         return fresh
 
+    def accept_prompt_logprobs(self, event: PromptLogprobs) -> None:
+        """Take those that are new. A worker that starts over after a replay sends the first ones again."""
+        skip = len(self._prompt_logprobs) + 1 - event.position
+        if skip >= 0:
+            self._prompt_logprobs.extend(event.logprobs[skip:])
+
+    def accept_vector(self, event: Embedded) -> None:
+        """Take the vector; the reader gets it with the end."""
+        self._vector = event.vector
+
+    def _num_missing_prompt_logprobs(self) -> int:
+        asked = self.passport.params.prompt_logprobs is not None
+        return self.prompt_len - 1 - len(self._prompt_logprobs) if asked else 0
+
     def _due(self) -> TokenChunk | None:
         """Take out a waiting chunk that holds the next index; drop those that hold only old ones."""
         position = len(self.output)
@@ -216,9 +242,13 @@ class LiveRequest:
     def is_complete(self) -> bool:
         """Whether a terminal message has come and nothing before it is missing."""
         ending = self._ending
-        return ending is not None and (
-            ending.reason is FinishReason.ERROR or len(self.output) >= ending.num_output_tokens
-        )
+        if ending is None:
+            return False
+        if ending.reason is FinishReason.ERROR:
+            return True
+        has_vector = self.passport.pooling is None or self._vector is not None
+        has_tokens = len(self.output) >= ending.num_output_tokens
+        return has_tokens and has_vector and self._num_missing_prompt_logprobs() == 0
 
     @property
     def ending(self) -> RequestFinished | None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from fleet.types import FinishReason, SamplingParams, TokenLogprob
+from fleet.types import FinishReason, Pooling, SamplingParams, TokenLogprob
 from gateway.text.card import ModelCard
 
 
@@ -21,6 +21,9 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         token_ids: may be empty, in a last item only.
         logprobs: as long as `token_ids` if `SamplingParams.logprobs` was set, else None.
+        prompt_logprobs: of prompt tokens, in order from the second one on; with `SamplingParams.prompt_logprobs` all of
+            them have come by the first item with a token or `finish`.
+        vector: with `pooling`, in the last item: little-endian float32 of length 1.
         finish: set on exactly one item, the last of the generation.
         cached_tokens: prompt tokens that came from a prefix cache. The largest value seen counts. Pages handed from
             prefill to decode are no cache hit.
@@ -32,6 +35,8 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] = []
+    vector: bytes | None = None
     finish: FinishReason | None = None
     cached_tokens: int = 0
     error: str | None = None
@@ -135,11 +140,13 @@ class Pipeline(Protocol):
         request_id: str,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> Generation:
         """Admit one sequence and start it.
 
         Requires: `prompt_ids` not empty, `len(prompt_ids) + params.max_tokens <= model.max_model_len`, `request_id`
-        unique. Returns as soon as the sequence is admitted, before its first token.
+        unique, `params.max_tokens` 0 with `pooling`.
+        Returns as soon as the sequence is admitted, before its first token.
         Raises: gateway.errors.Overloaded at once when its first token would come too late; gateway.errors.NoWorkers
         when no worker can serve the model and none came within the bounded wait.
         """

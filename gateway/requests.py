@@ -13,8 +13,10 @@ from fleet.bus import Bus
 from fleet.logs import get_logger
 from fleet.messages import (
     Cancel,
+    Embedded,
     HandedOff,
     HandingOff,
+    PromptLogprobs,
     Publication,
     RequestFinished,
     RequestNote,
@@ -89,7 +91,7 @@ class RequestTable:
             Overloaded: its first token would come too late, or too many wait already.
             NoWorkers: nobody serves the model and waiting is switched off.
         """
-        if self._worker_wait_s <= 0 and not self._router.has_route(passport.model):
+        if self._worker_wait_s <= 0 and not self._router.has_route(passport):
             self._metrics.rejected.labels("no_workers").inc()
             raise NoWorkers(f"no worker can serve {passport.model!r} now", retry_after_s=5)
         try:
@@ -147,6 +149,10 @@ class RequestTable:
         match event:
             case TokenChunk():
                 self._accept_tokens(live, event, worker)
+            case PromptLogprobs():
+                live.accept_prompt_logprobs(event)
+            case Embedded():
+                live.accept_vector(event)
             case RequestStarted():
                 live.accept_started(event)
                 self._note_state(

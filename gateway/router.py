@@ -16,7 +16,7 @@ GROWTH_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A prefill worker and the decode workers it may hand to, best first."""
+    """A prefill worker and the decode workers it may hand to, best first; none for a prompt without output."""
 
     prefill: Worker
     targets: list[Worker]
@@ -30,8 +30,11 @@ class Router:
         self._affinity = PrefixAffinity()
         self._random = random.Random(seed)  # noqa: S311 - tie-breaking, not a secret
 
-    def has_route(self, model: str) -> bool:
-        """Whether a prefill worker and a decode worker that matches it take requests for `model`."""
+    def has_route(self, passport: Passport) -> bool:
+        """Whether a prefill worker and, if needed, a decode worker that matches it take requests for its model."""
+        model = passport.model
+        if passport.is_prompt_only:
+            return bool(self._directory.workers(model=model, role=Role.PREFILL))
         decoders = {w.record.fingerprint for w in self._directory.workers(model=model, role=Role.DECODE)}
         return any(w.record.fingerprint in decoders for w in self._directory.workers(model=model, role=Role.PREFILL))
 
@@ -46,7 +49,9 @@ class Router:
         num_tokens = len(token_ids) + min(GROWTH_TOKENS, num_to_come)
         decoders = self._directory.workers(model=model, role=Role.DECODE)
         shapes: set[Fingerprint] = {w.record.fingerprint for w in decoders if w.has_room(num_tokens)}
-        givers = [w for w in self._directory.workers(model=model, role=Role.PREFILL) if w.record.fingerprint in shapes]
+        givers = self._directory.workers(model=model, role=Role.PREFILL)
+        if not passport.is_prompt_only:
+            givers = [w for w in givers if w.record.fingerprint in shapes]
         if not givers:
             return None
         chain = self._affinity.chain(token_ids, salt=f"{model}\0{passport.cache_salt}")
@@ -58,6 +63,9 @@ class Router:
 
         prefill = min(givers, key=prefill_cost)
         self._affinity.remember(chain, prefill.peer)
+
+        if passport.is_prompt_only:
+            return Route(prefill, [])
 
         def decode_cost(worker: Worker) -> tuple[bool, float, float]:
             pool_tokens = max(1, worker.record.num_pages * worker.record.page_size)

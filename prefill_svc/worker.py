@@ -16,12 +16,14 @@ from fleet.logs import get_logger
 from fleet.messages import (
     Cancel,
     DrainRequest,
+    Embedded,
     GatewayHello,
     Goodbye,
     HandingOff,
     Heartbeat,
     MetricFamily,
     PrefillRequest,
+    PromptLogprobs,
     Publication,
     RequestFinished,
     RequestNote,
@@ -34,6 +36,7 @@ from fleet.types import FinishReason, PeerRef, WorkerRecord
 from fleet.worker_link import WorkerLink
 from fleet.worker_metrics import WorkerMetrics
 from prefill_svc.hand_offs import Consequences, PrefillHandOffs
+from prefill_svc.vectors import Vectors
 
 _log = get_logger("prefill")
 
@@ -61,6 +64,7 @@ class PrefillWorker:
         self._num_arrived = 0
         self._requests: dict[tuple[str, int], PrefillRequest] = {}
         self._started: set[tuple[str, int]] = set()
+        self._vectors = Vectors()
         self._draining = False
         self._idle = asyncio.Event()
         self.hand_offs = PrefillHandOffs(
@@ -130,6 +134,7 @@ class PrefillWorker:
         key = (sequence.request_id, sequence.epoch)
         self._requests.pop(key, None)
         self._started.discard(key)
+        self._vectors.drop(sequence)
         if not self._requests:
             self._idle.set()
 
@@ -179,6 +184,7 @@ class PrefillWorker:
 
     def _settle(self, row: RowProgress) -> None:
         sequence = row.sequence
+        self._publish_prompt_results(row)
         if row.sampled is not None:
             self._metrics.sampled_tokens.inc()
             logprob = row.sampled.logprob
@@ -194,7 +200,7 @@ class PrefillWorker:
             )
         if row.finish is not None:
             self.hand_offs.endpoint.cancel(sequence.request_id, sequence.epoch)
-            self._finish(sequence, row.finish, row.error)
+            self._end(row, row.finish)
             self._drop(sequence)
             return
         final = sequence.page_table[: row.new_pages.stop]
@@ -205,6 +211,36 @@ class PrefillWorker:
                 page_ids=sequence.page_table,
                 num_computed_tokens=sequence.num_computed_tokens,
             )
+
+    def _publish_prompt_results(self, row: RowProgress) -> None:
+        """What the row says of its prompt. A step's budget of tokens bounds the size of a message."""
+        sequence = row.sequence
+        if row.pooled is not None:
+            self._vectors.add(sequence, row.pooled)
+        if row.scored is not None:
+            self.link.publish(
+                sequence.passport.gateway,
+                PromptLogprobs(
+                    request_id=sequence.request_id,
+                    epoch=sequence.epoch,
+                    position=row.scored.position,
+                    logprobs=row.scored.logprobs,
+                ),
+            )
+
+    def _end(self, row: RowProgress, reason: FinishReason) -> None:
+        """The row was its sequence's last: the vector, if it was to become one, and the terminal message."""
+        sequence = row.sequence
+        if sequence.passport.pooling is None or reason is FinishReason.ERROR:
+            self._finish(sequence, reason, row.error)
+            return
+        vector = self._vectors.take(sequence)
+        if vector is None:
+            self._finish(sequence, FinishReason.ERROR, "the model gave no finite vector for this input")
+            return
+        event = Embedded(request_id=sequence.request_id, epoch=sequence.epoch, vector=vector)
+        self.link.publish(sequence.passport.gateway, event)
+        self._finish(sequence, reason)
 
     # hand-offs
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from litestar.types import Receive
 from msgspec import UNSET
 
 from fleet.types import FinishReason
 from gateway.api.jobs import Job, Output, Run
-from gateway.api.logprobs import TokenSpeller, completion_logprobs
-from gateway.api.responses import Completion, CompletionChoice
+from gateway.api.logprobs import TokenSpeller, completion_logprobs, echoed_logprobs
+from gateway.api.responses import Completion, CompletionChoice, CompletionLogprobs
 from gateway.api.sse import DONE, EventStream, json_text, json_value
 from gateway.text.assembler import Piece, TextToken
 
@@ -29,18 +31,14 @@ async def plain_completion(run: Run, job: Job, receive: Receive) -> Completion:
     spell = TokenSpeller(job.model.card)
     choices = [
         CompletionChoice(
-            index=index,
+            index=place,
             text="".join(texts[index]),
             finish_reason=reasons[index].value,
-            logprobs=completion_logprobs(
-                tokens[index], spell, num_top=job.num_top_logprobs, base_offset=len(_echo(job, index))
-            )
-            if job.with_logprobs
-            else None,
+            logprobs=_logprobs(run, job, index, tokens[index], spell) if job.with_logprobs else None,
             token_ids=[token.token_id for token in tokens[index]] if job.return_token_ids else UNSET,
             prompt_token_ids=job.prompts[index // job.num_samples] if job.return_token_ids else UNSET,
         )
-        for index in range(job.num_outputs)
+        for place, index in enumerate(_chosen(run, job))
     ]
     return Completion(
         id=job.completion_id,
@@ -52,20 +50,57 @@ async def plain_completion(run: Run, job: Job, receive: Receive) -> Completion:
     )
 
 
+def _chosen(run: Run, job: Job) -> list[int]:
+    """Outputs that become choices, in order: of each prompt's samples those with the highest logprob per token."""
+    if not job.picks_best:
+        return list(range(job.num_outputs))
+    chosen: list[int] = []
+    for first in range(0, job.num_outputs, job.num_samples):
+        samples = run.outputs[first : first + job.num_samples]
+        ranked = sorted(samples, key=lambda output: output.mean_logprob, reverse=True)
+        chosen += [output.index for output in ranked[: job.num_choices]]
+    return chosen
+
+
+def _logprobs(run: Run, job: Job, index: int, tokens: Sequence[TextToken], spell: TokenSpeller) -> CompletionLogprobs:
+    lists = completion_logprobs(tokens, spell, num_top=job.num_top_logprobs, base_offset=len(_echo(job, index)))
+    if not job.scores_prompts:
+        return lists
+    whole = _echoed(job, run.outputs[index], spell)
+    whole.extend(lists)
+    return whole
+
+
+def _echoed(job: Job, output: Output, spell: TokenSpeller) -> CompletionLogprobs:
+    prompt = output.prompt_index
+    return echoed_logprobs(
+        job.prompts[prompt],
+        job.echo_offsets[prompt],
+        output.prompt_logprobs,
+        spell,
+        num_top=job.num_top_logprobs,
+    )
+
+
 async def streamed_completion(run: Run, job: Job, stream: EventStream, receive: Receive) -> None:
     """Write the answer as chunks. Raises: what `Run.drive` raises."""
     writer = CompletionChunks(job)
+    opened: set[int] = set()
 
     async def write(output: Output, piece: Piece) -> None:
         events = writer.piece(output.index, piece)
-        if not stream.started:
+        if job.scores_prompts:
+            if output.index not in opened:
+                opened.add(output.index)
+                events = writer.scored_opening(output) + events
+        elif not stream.started:
             events = writer.openings() + events
         if events:
             await stream.send(events)
 
     await run.drive(write, receive)
     ending = b""
-    if not job.generates:
+    if not job.computes:
         done = Piece("", (), FinishReason.LENGTH)
         ending = writer.openings() + b"".join(writer.piece(index, done) for index in range(job.num_outputs))
     if job.include_usage:
@@ -94,13 +129,24 @@ class CompletionChunks:
         job = self._job
         if not job.echo_texts and not job.return_token_ids:
             return b""
-        events = b""
-        for index in range(job.num_outputs):
-            events += self._text[index] + json_text(_echo(job, index)) + b',"logprobs":null,"finish_reason":null'
-            if job.return_token_ids:
-                events += b',"prompt_token_ids":' + json_value(job.prompts[index // job.num_samples])
-            events += b"}" + self._tail
-        return events
+        return b"".join(self._opening(index, b"null") for index in range(job.num_outputs))
+
+    def scored_opening(self, output: Output) -> bytes:
+        """The first chunk of a choice whose prompt is scored. Requires: the output's first piece is here."""
+        return self._opening(output.index, json_value(_echoed(self._job, output, self._spell)))
+
+    def _opening(self, index: int, logprobs: bytes) -> bytes:
+        job = self._job
+        ids = b""
+        if job.return_token_ids:
+            ids = b',"prompt_token_ids":' + json_value(job.prompts[index // job.num_samples])
+        return b'%b%b,"logprobs":%b,"finish_reason":null%b}%b' % (
+            self._text[index],
+            json_text(_echo(job, index)),
+            logprobs,
+            ids,
+            self._tail,
+        )
 
     def piece(self, index: int, piece: Piece) -> bytes:
         """Chunks for a piece of a choice."""

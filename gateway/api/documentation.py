@@ -37,12 +37,13 @@ from gateway.api.requests import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
 )
 from gateway.api.responses import ErrorBody
 
 _TEMPLATE = "#/components/schemas/{name}"
-_BODIES = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (ChatCompletionRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def body_of(body: type[msgspec.Struct]) -> type[Operation]:

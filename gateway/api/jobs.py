@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Self
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Self
 
 import msgspec
 from litestar.types import Receive
 
 from fleet.keys import ApiKey
-from fleet.types import FinishReason, SamplingParams
+from fleet.types import FinishReason, SamplingParams, TokenLogprob
 from gateway.api.context import ApiContext
 from gateway.api.responses import PromptTokensDetails, Usage
 from gateway.api.sampling import for_sample
@@ -30,13 +30,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         completion_id: `chatcmpl-…` or `cmpl-…`; generations carry it in their request ids.
         model_name: as the client wrote it.
         prompts: token ids of each prompt.
-        num_samples: answers per prompt.
+        num_samples: answers per prompt that are generated.
+        num_choices: how many of them the client gets, the best ones; 0: all.
         params: of each prompt's first sample; `max_tokens` may differ per prompt.
         seeded: the client gave a seed.
         options: how output becomes text.
         continues_prompt: the output reads on from the prompt (completions) instead of being a message.
         echo_texts: prompts as text, to be repeated before their outputs; empty without `echo`.
-        generates: false for `max_tokens` 0, where nothing is computed.
+        echo_offsets: of each prompt, where in its text its tokens begin; empty without `scores_prompts`.
+        scores_prompts: log-probabilities of the prompts are wanted.
+        generates: false for `max_tokens` 0, where nothing is computed but what `scores_prompts` asks for.
         stream, include_usage, return_token_ids, with_logprobs: of the request.
         num_top_logprobs: alternatives per token.
         headers: for the answer.
@@ -51,9 +54,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     params: Sequence[SamplingParams]
     options: TextOptions
     num_samples: int = 1
+    num_choices: int = 0
     seeded: bool = False
     continues_prompt: bool = False
     echo_texts: Sequence[str] = ()
+    echo_offsets: Sequence[list[int]] = ()
+    scores_prompts: bool = False
     generates: bool = True
     stream: bool = False
     include_usage: bool = False
@@ -66,8 +72,18 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str] = {}
 
     @property
+    def computes(self) -> bool:
+        """Whether the fleet is needed at all."""
+        return self.generates or self.scores_prompts
+
+    @property
+    def picks_best(self) -> bool:
+        """Whether more is generated than the client gets."""
+        return 0 < self.num_choices < self.num_samples
+
+    @property
     def num_outputs(self) -> int:
-        """Choices of the answer."""
+        """Sequences to generate; unless `picks_best`, each is a choice of the answer."""
         return len(self.prompts) * self.num_samples
 
 
@@ -81,6 +97,15 @@ class Output:
         prompt = job.prompts[self.prompt_index] if job.continues_prompt else ()
         self.assembler = TextAssembler(job.model.card, job.options, prompt)
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self._keeps_logprobs = job.picks_best
+        self._logprobs: list[float] = []
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token, where the job picks the best by it."""
+        counted = self._logprobs[: self.assembler.num_tokens]
+        return sum(counted) / max(1, len(counted))
 
     async def run(self, sink: Sink) -> None:
         """Hand every piece to the sink; the first one even if it is empty, so that a stream can open.
@@ -91,7 +116,10 @@ class Output:
         async for tokens in self.generation:
             self.num_cached_tokens = max(self.num_cached_tokens, tokens.cached_tokens)
             if tokens.finish in {FinishReason.ERROR, FinishReason.CANCELLED}:
-                raise _failure(tokens)
+                raise failure_of(tokens)
+            self.prompt_logprobs += tokens.prompt_logprobs
+            if self._keeps_logprobs and tokens.logprobs is not None:
+                self._logprobs += [entry.logprob for entry in tokens.logprobs]
             piece = self.assembler.push(tokens)
             if self.assembler.match is not None:
                 if tokens.finish is None:
@@ -109,7 +137,8 @@ class Output:
 Sink = Callable[[Output, Piece], Awaitable[None]]
 
 
-def _failure(tokens: Tokens) -> ApiError:
+def failure_of(tokens: Tokens) -> ApiError:
+    """What to tell the client of a generation that ended with an error."""
     message = tokens.error or "The generation was interrupted."
     if tokens.displaced:
         return RateLimited(message, retry_after_s=tokens.retry_after_s or 1.0, code="server_overloaded")
@@ -133,7 +162,7 @@ class Run:
         """Submit all generations. Raises: PipelineError after closing those already started."""
         job = self._job
         try:
-            for index in range(job.num_outputs if job.generates else 0):
+            for index in range(job.num_outputs if job.computes else 0):
                 prompt, sample = divmod(index, job.num_samples)
                 generation = await self._api.pipeline.submit(
                     model=job.model,
@@ -162,20 +191,14 @@ class Run:
         """
         if not self.outputs:
             return
-        try:
-            async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(_watch(receive))
-                one_at_a_time = asyncio.Lock()
+        one_at_a_time = asyncio.Lock()
 
-                async def in_turn(output: Output, piece: Piece) -> None:
-                    async with one_at_a_time:
-                        await sink(output, piece)
+        async def in_turn(output: Output, piece: Piece) -> None:
+            async with one_at_a_time:
+                await sink(output, piece)
 
-                chosen = sink if len(self.outputs) == 1 else in_turn
-                await asyncio.wait([group.create_task(output.run(chosen)) for output in self.outputs])
-                watcher.cancel()
-        except BaseExceptionGroup as failures:
-            raise _most_telling(failures) from failures
+        chosen = sink if len(self.outputs) == 1 else in_turn
+        await while_client_stays([output.run(chosen) for output in self.outputs], receive)
 
     def usage(self) -> Usage:
         """Token counts so far. Of several samples of a prompt the first tells what the cache held."""
@@ -196,6 +219,20 @@ class Run:
     async def _close(self) -> None:
         for output in self.outputs:
             await output.generation.aclose()
+
+
+async def while_client_stays(parts: Sequence[Coroutine[Any, Any, None]], receive: Receive) -> None:
+    """Run all parts side by side to their end, at least one.
+
+    Raises: ClientGone as soon as the client leaves; what a part raises, which ends the others.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            watcher = group.create_task(_watch(receive))
+            await asyncio.wait([group.create_task(part) for part in parts])
+            watcher.cancel()
+    except BaseExceptionGroup as failures:
+        raise _most_telling(failures) from failures
 
 
 async def _watch(receive: Receive) -> None:

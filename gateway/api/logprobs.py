@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
+from fleet.types import TokenLogprob
 from gateway.api.responses import ChatTokenLogprob, CompletionLogprobs, TopTokenLogprob
 from gateway.text.assembler import TextToken
 from gateway.text.card import ModelCard
@@ -46,17 +48,40 @@ def completion_logprobs(
     """
     result = CompletionLogprobs([], [], [], [])
     for token in tokens:
-        chosen = finite(token.logprob.logprob if token.logprob is not None else FLOOR)
+        logprob = token.logprob or TokenLogprob(FLOOR)
         text = spell(token.token_id)[0]
-        likeliest: dict[str, float] = {}
-        for other in token.logprob.top[:num_top] if token.logprob is not None else ():
-            likeliest.setdefault(spell(other.token_id)[0], finite(other.logprob))
-        likeliest.setdefault(text, chosen)
         result.tokens.append(text)
-        result.token_logprobs.append(chosen)
-        result.top_logprobs.append(likeliest)
+        result.token_logprobs.append(finite(logprob.logprob))
+        result.top_logprobs.append(_likeliest(text, logprob, spell, num_top))
         result.text_offset.append(base_offset + token.offset)
     return result
+
+
+def echoed_logprobs(
+    ids: Sequence[int],
+    offsets: Sequence[int],
+    logprobs: Sequence[TokenLogprob],
+    spell: TokenSpeller,
+    *,
+    num_top: int,
+) -> CompletionLogprobs:
+    """The parallel lists of an echoed prompt: `logprobs` are of all ids but the first, which nothing predicts."""
+    result = CompletionLogprobs([], [], [], list(offsets))
+    for token_id, logprob in zip_longest(ids, (None, *logprobs)):
+        text = spell(token_id)[0]
+        result.tokens.append(text)
+        result.token_logprobs.append(None if logprob is None else finite(logprob.logprob))
+        result.top_logprobs.append(None if logprob is None else _likeliest(text, logprob, spell, num_top))
+    return result
+
+
+def _likeliest(text: str, logprob: TokenLogprob, spell: TokenSpeller, num_top: int) -> dict[str, float]:
+    """The likeliest tokens by their text, and the token itself."""
+    found: dict[str, float] = {}
+    for other in logprob.top[:num_top]:
+        found.setdefault(spell(other.token_id)[0], finite(other.logprob))
+    found.setdefault(text, finite(logprob.logprob))
+    return found
 
 
 def finite(logprob: float) -> float:

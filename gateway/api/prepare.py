@@ -12,7 +12,7 @@ from gateway.api.context import ApiContext
 from gateway.api.jobs import Job
 from gateway.api.requests import ChatCompletionRequest, CompletionRequest
 from gateway.api.sampling import COMPLETION_MAX_TOKENS, output_limit, sampling_params, text_options
-from gateway.api.text_prompt import prompt_text, split_prompts, text_prompt_ids
+from gateway.api.text_prompt import prompt_text, split_prompts, text_prompt_ids, token_offsets
 from gateway.errors import InvalidRequest
 from gateway.pipeline import ServedModel
 
@@ -62,25 +62,38 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
     refusals.check_completion(request)
     model = api.find_model(request.model, key)
     sources = split_prompts(request.prompt)
-    num_samples = request.n or 1
+    num_choices = request.n or 1
+    num_samples = max(num_choices, request.best_of or 1) if request.max_tokens != 0 else num_choices
+    num_logprobs = request.logprobs
+    if num_logprobs is None and num_samples > num_choices:
+        num_logprobs = 0  # the best are chosen by it
     if len(sources) * num_samples > api.config.max_generations:
         raise InvalidRequest(
-            f"At most {api.config.max_generations} outputs (prompts times 'n') fit in one request.",
+            f"At most {api.config.max_generations} outputs (prompts times 'n' or 'best_of') fit in one request.",
             param="prompt",
             code="invalid_value",
         )
-    prompts = await text_prompt_ids(model, sources, add_special_tokens=request.add_special_tokens is not False)
+    add_special_tokens = request.add_special_tokens is not False
+    prompts = await text_prompt_ids(model, sources, add_special_tokens=add_special_tokens)
     params = [
         sampling_params(
             request,
             model,
             max_tokens=_completion_limit(model, len(ids), request.max_tokens),
-            num_logprobs=request.logprobs,
+            num_logprobs=num_logprobs,
+            num_prompt_logprobs=request.logprobs if request.echo else None,
         )
         for ids in prompts
     ]
     skip_special_tokens = request.skip_special_tokens is not False
     echo = [prompt_text(model, source, skip_special_tokens=skip_special_tokens) for source in sources]
+    scores_prompts = bool(request.echo) and request.logprobs is not None
+    offsets = [
+        await token_offsets(
+            model, source, add_special_tokens=add_special_tokens, skip_special_tokens=skip_special_tokens
+        )
+        for source in (sources if scores_prompts else ())
+    ]
     with_tokens = request.logprobs is not None or bool(request.return_token_ids)
     headers = await api.limiter.admit(key, sum(map(len, prompts)))
     return Job(
@@ -93,9 +106,12 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
         params=params,
         options=text_options(request, params[0], with_tokens=with_tokens),
         num_samples=num_samples,
+        num_choices=num_choices,
         seeded=request.seed is not None,
         continues_prompt=True,
         echo_texts=echo if request.echo else (),
+        echo_offsets=offsets,
+        scores_prompts=scores_prompts,
         generates=request.max_tokens != 0,
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
@@ -114,5 +130,5 @@ def _completion_limit(model: ServedModel, num_prompt_tokens: int, asked: int | N
     if asked is None:
         asked = max(1, min(COMPLETION_MAX_TOKENS, model.max_model_len - num_prompt_tokens))
     if asked == 0 and num_prompt_tokens <= model.max_model_len:
-        return 1  # never used: nothing is generated
+        return 0
     return output_limit(model, num_prompt_tokens=num_prompt_tokens, max_tokens=asked, param="prompt")

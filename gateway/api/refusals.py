@@ -42,15 +42,10 @@ def check_completion(request: CompletionRequest) -> None:
     if request.suffix:
         raise _refused("suffix")
     num_samples = request.n or 1
-    if request.best_of is not None and request.best_of != num_samples:
-        problem = "must be at least 'n'" if request.best_of < num_samples else "above 'n' is not supported"
-        raise InvalidRequest(f"'best_of' {problem}.", param="best_of", code="invalid_value")
-    if request.echo and request.logprobs is not None:
-        raise InvalidRequest(
-            "'logprobs' together with 'echo' is not supported: log-probabilities of the prompt are not computed.",
-            param="logprobs",
-            code="unsupported_parameter",
-        )
+    if request.best_of is not None and request.best_of < num_samples:
+        raise InvalidRequest("'best_of' must be at least 'n'.", param="best_of", code="invalid_value")
+    if request.best_of is not None and request.best_of > num_samples and request.stream:
+        raise InvalidRequest("'best_of' above 'n' cannot be streamed.", param="best_of", code="invalid_value")
     if request.max_tokens == 0 and not request.echo:
         raise InvalidRequest(
             "'max_tokens' must be at least 1 without 'echo'.", param="max_tokens", code="invalid_value"

@@ -8,11 +8,12 @@ same as absence.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from fleet.types import Pooling
 from gateway.api.formats import Choices, GrammarText, JsonInput, Pattern, ResponseFormat, StructuredOutputs
 
 MAX_STOPS = 16
@@ -26,6 +27,8 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+CacheSalt = Annotated[str, Meta(max_length=256)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -60,8 +63,8 @@ class SamplingFields(_Body, kw_only=True):
     min_tokens: NumTokens | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
     skip_special_tokens: bool | None = None
-    cache_salt: Annotated[str, Meta(max_length=256)] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    cache_salt: CacheSalt | None = None
+    priority: Priority | None = None
     # bookkeeping
     user: str | None = None
     metadata: Metadata | None = None
@@ -198,6 +201,22 @@ class CompletionRequest(_Sampling, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     suffix: str | None = None
+
+
+class EmbeddingRequest(_Body, kw_only=True):
+    """`POST /v1/embeddings`. `input` is text, texts, token ids, or lists of token ids."""
+
+    model: str
+    input: str | list[Any]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    # extensions
+    pooling: Pooling | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: CacheSalt | None = None
+    priority: Priority | None = None
+    # bookkeeping
+    user: str | None = None
 
 
 class TokenizeRequest(_Body):

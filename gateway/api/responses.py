@@ -79,12 +79,19 @@ class ChatCompletion(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Parallel lists, one place per output token."""
+    """Parallel lists, one place per token of the text; null for the first one of an echoed prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+    def extend(self, more: CompletionLogprobs) -> None:
+        """Put the lists of the text that follows behind these."""
+        self.tokens += more.tokens
+        self.token_logprobs += more.token_logprobs
+        self.top_logprobs += more.top_logprobs
+        self.text_offset += more.text_offset
 
 
 class CompletionChoice(msgspec.Struct):
@@ -108,6 +115,30 @@ class Completion(msgspec.Struct):
     usage: Usage
     system_fingerprint: str
     object: Literal["text_completion"] = "text_completion"
+
+
+class Embedding(msgspec.Struct):
+    """The vector of one input, of length 1: numbers, or base64 of little-endian float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct):
+    """Token counts over all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(msgspec.Struct):
+    """Answer of `/v1/embeddings`, in the order of the inputs."""
+
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
 
 
 class ModelEntry(msgspec.Struct):

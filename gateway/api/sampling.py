@@ -45,6 +45,7 @@ def sampling_params(
     max_tokens: int,
     num_logprobs: int | None,
     grammar: Grammar | None = None,
+    num_prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Parameters of the first sample; `for_sample` derives the others. Raises: InvalidRequest."""
     defaults = model.card.defaults
@@ -78,6 +79,7 @@ def sampling_params(
         max_tokens=max_tokens,
         logprobs=num_logprobs,
         grammar=grammar,
+        prompt_logprobs=num_prompt_logprobs,
     )
 
 

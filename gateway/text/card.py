@@ -40,6 +40,7 @@ class ModelCard:
         template: None if the model has none (chat is then refused).
         eos_ids: ids that end an answer, from `generation_config.json`, `config.json` and the tokenizer.
         vocab_size: ids from 0 up to it exist in the model, though not all may have text.
+        hidden_size: numbers in an embedding; None if `config.json` does not say.
         defaults: sampling defaults.
         digest: hex digest of the files, stable over restarts.
     """
@@ -51,6 +52,7 @@ class ModelCard:
         template: ChatTemplate | None,
         eos_ids: tuple[int, ...],
         vocab_size: int,
+        hidden_size: int | None,
         defaults: SamplingDefaults,
         digest: str,
     ) -> None:
@@ -59,6 +61,7 @@ class ModelCard:
         self.template = template
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
         self.defaults = defaults
         self.digest = digest
 
@@ -86,7 +89,8 @@ class ModelCard:
             tokenizer=tokenizer,
             template=template,
             eos_ids=_eos_ids(tokenizer, config, generation),
-            vocab_size=_vocab_size(tokenizer, config),
+            vocab_size=_size(config, "vocab_size") or tokenizer.num_tokens,
+            hidden_size=_size(config, "hidden_size"),
             defaults=_defaults(generation),
             digest=_digest(files),
         )
@@ -113,9 +117,9 @@ def _eos_ids(tokenizer: TextTokenizer, *configs: Mapping[str, Any]) -> tuple[int
     return tuple(sorted(found))
 
 
-def _vocab_size(tokenizer: TextTokenizer, config: Mapping[str, Any]) -> int:
-    size = config.get("vocab_size", _text_config(config).get("vocab_size"))
-    return size if isinstance(size, int) else tokenizer.num_tokens
+def _size(config: Mapping[str, Any], name: str) -> int | None:
+    size = config.get(name, _text_config(config).get(name))
+    return size if isinstance(size, int) else None
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

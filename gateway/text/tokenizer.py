@@ -74,6 +74,12 @@ class TextTokenizer:
             return self._encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._encode, text, add_special_tokens=add_special_tokens)
 
+    async def spans_async(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int]]:
+        """Characters `[start, end)` of the text that each token of `encode_async` stands for; empty for added ones."""
+        if len(text) <= INLINE_ENCODE_CHARS:
+            return self._spans(text, add_special_tokens)
+        return await asyncio.to_thread(self._spans, text, add_special_tokens)
+
     async def encode_seamed_async(self, pieces: list[str], *, add_special_tokens: bool = False) -> list[int]:
         """Encode pieces of one text so that no token spans two pieces. One piece is encoded as by `encode`."""
         if sum(map(len, pieces)) <= INLINE_ENCODE_CHARS:
@@ -107,6 +113,12 @@ class TextTokenizer:
         # the batch call releases the interpreter lock, the single one does not
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
+
+    def _spans(self, text: str, add_special_tokens: bool) -> list[tuple[int, int]]:
+        spans: list[tuple[int, int]] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[
+            0
+        ].offsets
+        return spans
 
     def _encode_continuation(self, piece: str) -> list[int]:
         """Encode text that does not begin the sequence, without the space that SentencePiece styles put in front."""

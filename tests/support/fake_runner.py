@@ -8,10 +8,11 @@ reference `fake_output` computes the same from ids alone.
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Sequence
 
-from engine.plan import Failed, Row, Sampled, StepOutput, StepPlan
+from engine.plan import Failed, Pooled, Result, Row, Sampled, ScoredPrompt, StepOutput, StepPlan
 from fleet.types import FinishReason, SamplingParams, TokenLogprob, TopLogprob
 
 SLOT_BYTES = 8
@@ -59,6 +60,12 @@ def fake_logprob(token_id: int, *, num_top: int) -> TokenLogprob:
     return TokenLogprob(logprob=-0.5, top=top)
 
 
+def fake_score(row: Row) -> ScoredPrompt:
+    """Made-up log-probabilities of the prompt tokens that a row predicts."""
+    ids = row.sequence.token_ids[row.start + 1 : min(row.start + row.count + 1, row.sequence.prompt_len)]
+    return ScoredPrompt(row.start + 1, [fake_logprob(token_id, num_top=1) for token_id in ids])
+
+
 class FakeRunner:
     """A `Runner` over `num_pages` pages of `page_size` slots of 8 bytes, page after page in one buffer.
 
@@ -103,7 +110,8 @@ class FakeRunner:
             assert written.isdisjoint(slots), "two rows of one step write the same slot"
             written.update(slots)
             self._write(row, slots)
-        return StepOutput(tuple(self._result(row) for row in plan.rows))
+        scored = {at: fake_score(row) for at, row in enumerate(plan.rows) if row.sequence.params.prompt_logprobs}
+        return StepOutput(tuple(self._result(row) for row in plan.rows), scored)
 
     def read_page(self, page_id: int) -> bytes:
         """The bytes of one page."""
@@ -123,10 +131,12 @@ class FakeRunner:
             kv = _kv(kv, row.sequence.token_ids[position])
             self._slots[slot] = kv
 
-    def _result(self, row: Row) -> Sampled | Failed | None:
+    def _result(self, row: Row) -> Result | None:
         message = self._fail(row)
         if message is not None:
             return Failed(message=message)
+        if row.sequence.passport.pooling is not None:
+            return Pooled(struct.pack("=f", row.count))
         if not row.sample:
             return None
         total = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fleet.types import Fingerprint, Passport, PeerRef, SamplingParams
+from fleet.types import Fingerprint, Passport, PeerRef, Pooling, SamplingParams
 
 GATEWAY = PeerRef(name="gateway-0", incarnation=1, address="ipc:///nowhere")
 
@@ -30,6 +30,7 @@ def make_passport(
     params: SamplingParams | None = None,
     cache_salt: str = "",
     priority: int = 0,
+    pooling: Pooling | None = None,
 ) -> Passport:
     """A passport whose ids are all prompt unless `prompt_len` says otherwise."""
     return Passport(
@@ -42,4 +43,5 @@ def make_passport(
         gateway=GATEWAY,
         cache_salt=cache_salt,
         priority=priority,
+        pooling=pooling,
     )

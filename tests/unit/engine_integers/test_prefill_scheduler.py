@@ -14,7 +14,7 @@ from engine.prefill_scheduler import PrefillScheduler
 from engine.prefix_cache import PrefixCache
 from engine.progress import RowProgress
 from engine.sequence import Phase, Sequence
-from fleet.types import FinishReason, SamplingParams
+from fleet.types import FinishReason, Pooling, SamplingParams
 
 PAGE_SIZE = 4
 
@@ -47,6 +47,7 @@ class Worker:
         params: SamplingParams | None = None,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> Sequence:
         passport = make_passport(
             token_ids,
@@ -56,6 +57,7 @@ class Worker:
             params=params,
             cache_salt=cache_salt,
             priority=priority,
+            pooling=pooling,
         )
         sequence = Sequence.from_passport(passport, arrival=self.arrival)
         self.arrival += 1
@@ -115,6 +117,67 @@ def test_several_prompts_share_a_step_first_come_first_served() -> None:
     assert plan.num_tokens == 16
     worker.scheduler.commit(plan, worker.runner.run(plan))
     assert shape(worker.plan()) == [("c", 2, 5, True)]
+
+
+def test_prompts_that_begin_alike_compute_it_once_and_let_others_pass() -> None:
+    worker = Worker(max_step_tokens=8)
+    prompt = list(range(14))
+    first = worker.add(prompt, "a0")
+    siblings = [worker.add(prompt, f"a{sample}") for sample in (1, 2)]
+    worker.add([9] * 3, "b")
+    plan = worker.plan()
+    assert shape(plan) == [("a0", 0, 8, False)]
+    worker.scheduler.commit(plan, worker.runner.run(plan))
+    plan = worker.plan()
+    assert shape(plan) == [("a0", 8, 6, True), ("b", 0, 2, False)]
+    worker.scheduler.commit(plan, worker.runner.run(plan))
+    assert first.phase is Phase.PREFILLED
+    plan = worker.plan()
+    assert shape(plan) == [("a1", 12, 2, True), ("a2", 12, 2, True), ("b", 2, 1, True)]
+    worker.scheduler.commit(plan, worker.runner.run(plan))
+    assert all(sibling.token_ids == first.token_ids for sibling in siblings)
+    assert all(sibling.page_table[:3] == first.page_table[:3] for sibling in siblings)
+    scoring = worker.add(prompt, "scores", params=SamplingParams(prompt_logprobs=1))
+    again = worker.add(prompt, "again", params=SamplingParams(prompt_logprobs=1))
+    assert len(worker.step()) == 1
+    worker.scheduler.abort("scores", 0)
+    assert shape(worker.plan()) == [("again", 0, 8, False)]
+    assert (scoring.phase, again.num_cached_tokens) == (Phase.DONE, 0)
+
+
+def test_a_prompt_alone_ends_without_a_token_and_frees_its_pages() -> None:
+    worker = Worker(max_step_tokens=6)
+    prompt = list(range(14))
+    worker.add(prompt, "warm", params=SamplingParams(max_tokens=1))
+    for _ in range(3):
+        worker.step()
+    nothing = SamplingParams(max_tokens=0)
+    mean = worker.add(prompt, "mean", params=nothing, pooling=Pooling.MEAN)
+    rows = [worker.step()[0] for _ in range(3)]
+    assert [row.pooled is not None for row in rows] == [True] * 3
+    assert [(row.sampled, row.finish) for row in rows] == [(None, None), (None, None), (None, FinishReason.LENGTH)]
+    assert mean.phase is Phase.DONE
+    last = worker.add(prompt, "last", params=nothing, pooling=Pooling.LAST)
+    (row,) = worker.step()
+    assert (last.num_cached_tokens, row.finish) == (12, FinishReason.LENGTH)
+    scored = worker.add(prompt, "scored", params=SamplingParams(max_tokens=0, prompt_logprobs=1))
+    scores = [one for _ in range(3) if (one := worker.step()[0].scored) is not None]
+    assert [one.position for one in scores] == [1, 7, 13]
+    told = [entry.top[0].token_id for one in scores for entry in one.logprobs]
+    assert (told, scored.num_cached_tokens) == (prompt[1:], 0)
+    assert worker.pool.num_used == 0
+    whole = worker.add([1] * 200, "whole", params=nothing)
+    assert whole.phase is Phase.WAITING
+    with pytest.raises(SequenceTooLong):
+        worker.add([1] * 201, "beyond", params=nothing)
+    worker.scheduler.abort("whole", 0)
+    worker.add(prompt, "lost", params=nothing, pooling=Pooling.LAST)
+    plan = worker.plan()
+    (row,) = worker.scheduler.commit(plan, StepOutput((None,))).rows
+    assert (row.finish, row.error) == (
+        FinishReason.ERROR,
+        "the model step returned no vector for this request",
+    )
 
 
 def test_priority_goes_before_arrival_from_the_next_chunk_on() -> None:

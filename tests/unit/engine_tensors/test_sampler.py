@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from support.engine_driver import make_sequence
 
 from engine.candidates import Cuts, draw, draw_whole, limits
+from engine.logprobs import LOGPROB_FLOOR
 from engine.noise import uniforms
 from engine.plan import Failed, Sampled
-from engine.sampler import LOGPROB_FLOOR, sample
+from engine.sampler import sample
 from engine.sequence import Sequence
 from fleet.types import SamplingParams
 

@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import uvicorn
 from litestar import Litestar
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fleet.types import FinishReason, SamplingParams, TokenLogprob, TopLogprob
+from fleet.types import FinishReason, Pooling, SamplingParams, TokenLogprob, TopLogprob
 from gateway.api.config import ApiConfig
 from gateway.app import create_app
 from gateway.errors import PipelineError
@@ -31,6 +34,7 @@ CORPUS = (
     "naïve café 你好 世界 🙂 🎉 Привет one two three four five six seven eight nine ten",
 )
 MODEL = "org/tiny"
+HIDDEN_SIZE = 4
 
 
 def byte_level_tokenizer() -> Tokenizer:
@@ -85,7 +89,7 @@ def model_files(tokenizer: Tokenizer, template: str | None = CHATML, **generatio
     files = {
         "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
-        "config.json": json.dumps({"vocab_size": tokenizer.get_vocab_size() + 8}).encode(),
+        "config.json": json.dumps({"vocab_size": tokenizer.get_vocab_size() + 8, "hidden_size": HIDDEN_SIZE}).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
     if template is not None:
@@ -144,6 +148,7 @@ class FakePipeline:
         self.per_item = 1
         self.cached_tokens = 0
         self.end: Tokens | None = None
+        self.score: Callable[[int], float] = lambda _: -0.25
         self.hold_after = 10**9
         self.go_on = asyncio.Event()
         self.refuse: PipelineError | None = None
@@ -171,15 +176,29 @@ class FakePipeline:
         request_id: str,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> FakeGeneration:
         if self.refuse is not None and len(self.generations) >= self.refuse_after:
             raise self.refuse
         place = len(self.generations)
         self.submitted.append(
-            {"model": model, "ids": prompt_ids, "params": params, "salt": cache_salt, "priority": priority}
+            {
+                "model": model,
+                "ids": prompt_ids,
+                "params": params,
+                "salt": cache_salt,
+                "priority": priority,
+                "pooling": pooling,
+            }
         )
         text = self.texts[place % len(self.texts)] if self.texts else self.text
-        script = self.script(model, params, self.ids if self.ids is not None else encode(model, text))
+        if params.max_tokens == 0:
+            script = [self.end or Tokens(token_ids=[], finish=FinishReason.LENGTH, vector=vector_of(prompt_ids))]
+        else:
+            script = self.script(model, params, self.ids if self.ids is not None else encode(model, text))
+        if params.prompt_logprobs is not None:
+            told = [logprob_of(token_id, params.prompt_logprobs) for token_id in prompt_ids[1:]]
+            script[0] = msgspec.structs.replace(script[0], prompt_logprobs=told)
         generation = FakeGeneration(request_id, len(prompt_ids), script, self)
         self.generations.append(generation)
         return generation
@@ -190,11 +209,12 @@ class FakePipeline:
         whole = [*ids, *eos]
         told = whole[: params.max_tokens]
         reason = FinishReason.STOP if told and told[-1] in params.stop_token_ids else FinishReason.LENGTH
+        chosen = self.score(len(self.generations))
         items = [told[i : i + self.per_item] for i in range(0, len(told), self.per_item)]
         script = [
             Tokens(
                 token_ids=item,
-                logprobs=[logprob_of(token_id, params.logprobs) for token_id in item]
+                logprobs=[logprob_of(token_id, params.logprobs, chosen) for token_id in item]
                 if params.logprobs is not None
                 else None,
                 finish=reason if place == len(items) - 1 else None,
@@ -207,10 +227,16 @@ class FakePipeline:
         return script
 
 
-def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
+def logprob_of(token_id: int, num_top: int, chosen: float = -0.25) -> TokenLogprob:
     """A made-up log-probability: the token itself is the likeliest."""
     top = [TopLogprob(token_id, -0.25), TopLogprob((token_id + 1) % 300, -1.5), TopLogprob(5, float("-inf"))]
-    return TokenLogprob(-0.25, top[:num_top])
+    return TokenLogprob(chosen, top[:num_top])
+
+
+def vector_of(ids: Sequence[int]) -> bytes:
+    """A made-up vector of length 1 and `HIDDEN_SIZE` numbers that depends on every id."""
+    angle = sum((place + 1) * token_id for place, token_id in enumerate(ids))
+    return struct.pack(f"<{HIDDEN_SIZE}f", 0.6 * math.cos(angle), 0.6 * math.sin(angle), 0.8, 0.0)
 
 
 def encode(model: ServedModel, text: str) -> list[int]:

@@ -131,8 +131,68 @@ async def test_a_continuation_in_a_sentencepiece_vocabulary_keeps_its_space() ->
         assert joined(await chunks_of(client, "hello")) == " world"
 
 
-async def test_best_of_equal_to_n_is_honoured(client: Client) -> None:
+@pytest.mark.parametrize("prompt", ["hi", "hello 🙂 world<|im_end|>", [5, 2, 300]])
+async def test_an_echoed_prompt_is_scored_but_for_its_first_token(
+    client: Client, pipeline: FakePipeline, prompt: str | list[int]
+) -> None:
+    answer = await ask(client, prompt, echo=True, logprobs=2, skip_special_tokens=False)
+    (choice,) = answer["choices"]
+    lists = choice["logprobs"]
+    sent = pipeline.submitted[-1]
+    assert sent["params"].prompt_logprobs == 2
+    num_prompt = len(sent["ids"])
+    assert len(lists["tokens"]) == num_prompt + answer["usage"]["completion_tokens"]
+    assert lists["token_logprobs"][0] is None
+    assert lists["top_logprobs"][0] is None
+    assert all(logprob == -0.25 for logprob in lists["token_logprobs"][1:])
+    assert all(len(top) in {2, 3} for top in lists["top_logprobs"][1:])
+    assert len(lists["text_offset"]) == len(lists["tokens"])
+    echoed = choice["text"].removesuffix("hello world")
+    bounds = [*lists["text_offset"][:num_prompt], len(echoed)]
+    assert bounds[0] == 0
+    assert sorted(lists["text_offset"]) == lists["text_offset"]
+    whole = [(token, a, b) for token, a, b in zip(lists["tokens"], bounds, bounds[1:], strict=False)]
+    assert all(token == echoed[a:b] for token, a, b in whole if not token.startswith("bytes:"))
+    assert lists["text_offset"][num_prompt] == len(echoed)
+    chunks = await chunks_of(client, prompt, echo=True, logprobs=2, skip_special_tokens=False)
+    streamed = [c["logprobs"] for chunk in chunks for c in chunk["choices"] if c["logprobs"]]
+    for name, values in lists.items():
+        assert [value for one in streamed for value in one[name]] == values
+    assert joined(chunks) == choice["text"]
+
+
+async def test_a_prompt_is_scored_without_an_answer(client: Client, pipeline: FakePipeline) -> None:
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    answer = await ask(client, ["hi there", "lo"], **fields)
+    assert [entry["params"].max_tokens for entry in pipeline.submitted] == [0, 0]
+    assert answer["usage"]["completion_tokens"] == 0
+    for place, (prompt, choice) in enumerate(zip(["hi there", "lo"], answer["choices"], strict=True)):
+        assert (choice["index"], choice["text"], choice["finish_reason"]) == (place, prompt, "length")
+        assert "".join(choice["logprobs"]["tokens"]) == prompt
+    chunks = await chunks_of(client, ["hi there", "lo"], **fields)
+    assert [joined(chunks, index) for index in range(2)] == ["hi there", "lo"]
+    for index, choice in enumerate(answer["choices"]):
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        assert [c["logprobs"] for c in mine if c["logprobs"]] == [choice["logprobs"]]
+        assert mine[-1]["finish_reason"] == "length"
+    await ask(client, [5] * 512, **fields)  # a whole context's worth, since nothing follows
+
+
+async def test_best_of_returns_the_likeliest_per_token_and_counts_all(client: Client, pipeline: FakePipeline) -> None:
     assert len((await ask(client, "hi", n=2, best_of=2))["choices"]) == 2
+    pipeline.generations.clear()
+    pipeline.texts = ["one", "two", "three", "four five six", "seven", "eight"]
+    scores = {0: -3.0, 1: -1.0, 2: -2.0, 3: -0.5, 4: -0.1, 5: -9.0}
+    pipeline.score = lambda place: scores[place]
+    answer = await ask(client, ["a", "b"], n=2, best_of=3)
+    assert [choice["text"] for choice in answer["choices"]] == ["two", "three", "seven", "four five six"]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    assert len({entry["params"].seed for entry in pipeline.submitted[-6:]}) == 6
+    lengths = [len(encode(tiny_model(), text)) + 1 for text in pipeline.texts]
+    assert answer["usage"]["completion_tokens"] == sum(lengths)
+    refused = await client.post(PATH, json={"model": MODEL, "prompt": "a", "n": 1, "best_of": 2, "stream": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "best_of")
 
 
 async def test_tokenize_agrees_with_usage(client: Client, pipeline: FakePipeline) -> None:

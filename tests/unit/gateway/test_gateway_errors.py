@@ -121,11 +121,9 @@ TEXT_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a"] * 9, "n": 128}, "prompt"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 1, "n": 2}, "best_of"),
-    ({"best_of": 3, "n": 2}, "best_of"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
-    ({"echo": True, "logprobs": 1}, "logprobs"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"messages": HELLO}, "messages"),
 ]
