@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from baton import keys, up
+from baton import drain, keys, up
 from baton.errors import BAD_SETTINGS_CODE, CommandError, ServiceDied
 from baton.flags import explain_unknown
 from baton.settings import Surroundings, surroundings
@@ -48,7 +48,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     doctor_parser.add_argument("--json", action="store_true", help="print JSON")
     keys_parser = commands.add_parser("keys", help="make, list and revoke API keys", allow_abbrev=False)
     keys.add_arguments(keys_parser)
-    return parser, {"up": up_parser, "doctor": doctor_parser, "keys": keys_parser}
+    drain_parser = commands.add_parser(
+        "drain", help="ask a worker to move its streams away and leave", allow_abbrev=False
+    )
+    drain.add_arguments(drain_parser)
+    return parser, {"drain": drain_parser, "up": up_parser, "doctor": doctor_parser, "keys": keys_parser}
 
 
 def run_doctor(arguments: argparse.Namespace, around: Surroundings, console: Console) -> int:
@@ -70,7 +74,7 @@ def run_doctor(arguments: argparse.Namespace, around: Surroundings, console: Con
     return 0 if diagnosis.can_serve else 1
 
 
-COMMANDS: Mapping[str, Command] = {"up": up.run, "doctor": run_doctor, "keys": keys.run}
+COMMANDS: Mapping[str, Command] = {"up": up.run, "drain": drain.run, "doctor": run_doctor, "keys": keys.run}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

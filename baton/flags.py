@@ -12,8 +12,8 @@ import msgspec
 from fleet.service_settings import DecodeSettings, GatewaySettings, PrefillSettings, WorkerSettings
 from fleet.settings import FleetSettings
 
-# One file for several processes would tell nothing; it is for one service in a container.
-NOT_FLAGS = frozenset({"liveness_file"})
+# One file or address for several processes would tell nothing; these are for one service in a container.
+NOT_FLAGS = frozenset({"liveness_file", "admin_address"})
 _SECTIONS: tuple[tuple[str, type[FleetSettings], type[FleetSettings] | None], ...] = (
     ("every service", FleetSettings, None),
     ("workers", WorkerSettings, FleetSettings),

@@ -13,6 +13,7 @@ from engine.decode_scheduler import DecodeScheduler
 from engine.limits import DecodeLimits
 from engine.step_loop import StepLoop
 from fleet.bus import Bus, BusConfig
+from fleet.departure import Departure
 from fleet.lifecycle import new_peer
 from fleet.redis_client import connect
 from fleet.registry import Registry
@@ -57,6 +58,7 @@ async def _run(
     settings: DecodeSettings, stop: asyncio.Event, opened: OpenModel, region: PoolRegion, bus: Bus, peer: PeerRef
 ) -> None:
     fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
+    departure = Departure(stop, grace_s=settings.drain_timeout_s)
     engine = opened.over(region.buffer, fingerprint)
     limits = DecodeLimits(
         max_model_len=opened.plan.max_model_len,
@@ -97,14 +99,14 @@ async def _run(
     link = WorkerLink.of(settings, peer=peer, holder=worker, bus=bus, redis=redis, published=opened.files)
     worker.endpoint = mover.endpoint = endpoint
     worker.link = link
-    worker.wake, worker.ask_to_stop, worker.look_for_peers = steps.wake, stop.set, peers.want
+    worker.wake, worker.ask_to_leave, worker.look_for_peers = steps.wake, departure.ask, peers.want
     try:
         await run_worker(
             worker,
             bus=bus,
             link=link,
-            stop=stop,
-            drain_timeout_s=settings.drain_timeout_s,
+            departure=departure,
+            settings=settings,
             parts=(steps.run(), endpoint.run(), peers.run()),
             close_hand_offs=lambda: endpoint.close(CLOSE_HAND_OFFS_S),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -15,6 +14,7 @@ from engine.plan import StepPlan
 from engine.progress import StepProgress
 from engine.sequence import Sequence
 from fleet.bus import Delivery
+from fleet.departure import AskToLeave, Departure
 from fleet.logs import get_logger
 from fleet.messages import (
     Cancel,
@@ -59,7 +59,7 @@ class DecodeWorker:
     """Joins scheduler and hand-offs. Everything happens on the event loop's thread, nothing here waits.
 
     Implements `kvtransfer.events.HandOffEvents`; what concerns giving goes on to the mover. The service sets `link`,
-    `endpoint`, `wake`, `ask_to_stop` and `look_for_peers`: the ways to the gateways, to the hand-offs, to the step
+    `endpoint`, `wake`, `ask_to_leave` and `look_for_peers`: the ways to the gateways, to the hand-offs, to the step
     loop, out, and to those who could go on with its sequences.
     """
 
@@ -78,11 +78,12 @@ class DecodeWorker:
         self._mover = mover
         self._metrics = metrics
         self._draining = False
+        self._leaving_for = MoveReason.DRAIN
         self._news = asyncio.Event()
         self.link: WorkerLink
         self.endpoint: HandOffEndpoint
         self.wake: Callable[[], None]
-        self.ask_to_stop: Callable[[], None]
+        self.ask_to_leave: AskToLeave
         self.look_for_peers: Callable[[], None]
         mover.do = Consequences(committing=self._committing, give_back=self._give_back, freed=self._freed)
 
@@ -95,9 +96,8 @@ class DecodeWorker:
                 self._forget(request_id, epoch)
             case GatewayHello() as hello:
                 self.link.hear_hello(hello)
-            case DrainRequest(reason=reason):
-                _log.info("asked to drain", reason=reason)
-                self.ask_to_stop()
+            case DrainRequest(reason=reason, within_s=within_s):
+                self.ask_to_leave(reason, within_s=within_s)
             case Publication() | Heartbeat() | Goodbye() | PrefillRequest():
                 _log.warning("message for another role came here", kind=type(delivery.message).__name__)
             case message:
@@ -199,7 +199,7 @@ class DecodeWorker:
             epoch=sequence.epoch,
             taker=taker,
             transport=transport,
-            reason=MoveReason.DRAIN,
+            reason=self._leaving_for,
         )
         self.link.publish(sequence.passport.gateway, event)
         self.link.flush()
@@ -275,7 +275,7 @@ class DecodeWorker:
 
     # leaving
 
-    async def drain(self, timeout_s: float) -> None:
+    async def drain(self, departure: Departure) -> None:
         """Take nothing new, move what runs to peers within the grace period, and give the rest back for replay.
 
         Sequences decode on until they move or end, so that a worker without peers ends what it can.
@@ -284,8 +284,8 @@ class DecodeWorker:
         self.endpoint.drain()
         self.look_for_peers()
         self.link.beat_now()
-        deadline_s = time.monotonic() + timeout_s
-        while self._num_held and (left_s := deadline_s - time.monotonic()) > 0:
+        self._leaving_for = departure.reason
+        while self._num_held and (left_s := departure.left_s) > 0:
             self._news.clear()
             self._mover.tick()
             with suppress(TimeoutError):

@@ -51,9 +51,13 @@ class Cancel(BusMessage, frozen=True, kw_only=True):
 
 
 class DrainRequest(BusMessage, frozen=True, kw_only=True):
-    """Leave: take nothing new, move or finish what runs, then exit. From the command or an operator."""
+    """Leave: take nothing new, move or finish what runs, then exit. From the command or an operator.
+
+    `within_s` is the grace period; None leaves it to the worker's settings.
+    """
 
     reason: str = ""
+    within_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
 # worker to gateway
@@ -102,6 +106,7 @@ class MoveReason(StrEnum):
 
     PREFILLED = "prefilled"
     DRAIN = "drain"
+    RECLAIM = "reclaim"
 
 
 class HandingOff(BusMessage, frozen=True, kw_only=True):

@@ -31,6 +31,16 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
     drain_timeout_s: Annotated[
         float, Meta(description="grace period after SIGTERM in which running work may leave", ge=0)
     ] = 30.0
+    admin_address: Annotated[
+        str, Meta(description="HOST:PORT or unix:PATH of the admin socket (POST /drain); empty: none")
+    ] = ""
+    reclaim_notice: Annotated[
+        str, Meta(description="where reclaim notices are polled: aws, gcp, azure or url; empty: nowhere")
+    ] = ""
+    reclaim_url: Annotated[
+        str, Meta(description="for url the address to poll, for a cloud another base of its metadata service")
+    ] = ""
+    reclaim_file: Annotated[str, Meta(description="file whose appearance is a reclaim notice; empty: none")] = ""
 
     @property
     def transport_names(self) -> tuple[str, ...]:

@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
+from fleet import reclaim
 from fleet.bus import Bus, Delivery
+from fleet.departure import Departure
 from fleet.logs import get_logger
+from fleet.service_settings import WorkerSettings
+from fleet.types import WorkerRecord
 from fleet.worker_link import WorkerLink
 
 FAREWELL_S = 0.3
@@ -23,8 +27,11 @@ class Conduct(Protocol):
     def handle(self, delivery: Delivery) -> None:
         """Act on one message."""
 
-    async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and get rid of what runs, within the grace period."""
+    def record(self) -> WorkerRecord:
+        """Its registry record with current load."""
+
+    async def drain(self, departure: Departure) -> None:
+        """Take nothing new and get rid of what runs, within the time that is left."""
 
 
 async def run_worker(
@@ -32,8 +39,8 @@ async def run_worker(
     *,
     bus: Bus,
     link: WorkerLink,
-    stop: asyncio.Event,
-    drain_timeout_s: float,
+    departure: Departure,
+    settings: WorkerSettings,
     parts: Sequence[Coroutine[Any, Any, None]],
     close_hand_offs: Callable[[], Awaitable[object]],
 ) -> None:
@@ -47,27 +54,35 @@ async def run_worker(
         conduct: the worker.
         bus: its inbox.
         link: its way to the gateways.
-        stop: set by a signal or a DrainRequest.
-        drain_timeout_s: grace period.
+        departure: asked for by a signal, a DrainRequest, a reclaim notice or at the admin socket.
+        settings: of the worker.
         parts: further tasks that run as long as the worker: step loop, hand-offs.
         close_hand_offs: ends what hand-offs are left.
 
     Raises:
         NameTaken: another live process holds the worker's name.
+        SettingsError: the admin socket or the source of reclaim notices is not usable.
     """
 
     async def listen() -> None:
         async for delivery in bus.receive():
             conduct.handle(delivery)
 
+    reclaim.check(settings)
+    if settings.admin_address:
+        from fleet.admin import serve_admin  # an HTTP server that most workers do without
+
+        parts = [*parts, serve_admin(settings, conduct.record, departure)]
+
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in (listen(), bus.watch_peers(), *parts)]
         await link.announce()
         announcing = [group.create_task(part) for part in (link.run(), link.beat())]
+        tasks.append(group.create_task(reclaim.watch(settings, departure)))
         _log.info("ready", worker=link.peer.name, address=link.peer.address)
-        await stop.wait()
-        _log.info("draining", worker=link.peer.name)
-        await conduct.drain(drain_timeout_s)
+        await departure.wait()
+        _log.info("draining", worker=link.peer.name, reason=departure.reason.value)
+        await conduct.drain(departure)
         await close_hand_offs()
         for task in announcing:
             task.cancel()

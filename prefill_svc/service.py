@@ -9,6 +9,7 @@ from engine.limits import PrefillLimits
 from engine.prefill_scheduler import PrefillScheduler
 from engine.step_loop import StepLoop
 from fleet.bus import Bus, BusConfig
+from fleet.departure import Departure
 from fleet.lifecycle import new_peer
 from fleet.redis_client import connect
 from fleet.service_settings import PrefillSettings
@@ -53,6 +54,7 @@ async def _run(
     settings: PrefillSettings, stop: asyncio.Event, opened: OpenModel, region: PoolRegion, bus: Bus, peer: PeerRef
 ) -> None:
     fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
+    departure = Departure(stop, grace_s=settings.drain_timeout_s)
     engine = opened.over(region.buffer, fingerprint)
     limits = PrefillLimits(
         max_model_len=opened.plan.max_model_len,
@@ -81,14 +83,14 @@ async def _run(
     redis = connect(settings.redis_url)
     link = WorkerLink.of(settings, peer=peer, holder=worker, bus=bus, redis=redis, published=opened.files)
     worker.hand_offs.endpoint, worker.link = endpoint, link
-    worker.wake, worker.ask_to_stop = steps.wake, stop.set
+    worker.wake, worker.ask_to_leave = steps.wake, departure.ask
     try:
         await run_worker(
             worker,
             bus=bus,
             link=link,
-            stop=stop,
-            drain_timeout_s=settings.drain_timeout_s,
+            departure=departure,
+            settings=settings,
             parts=(steps.run(), endpoint.run()),
             close_hand_offs=lambda: endpoint.close(CLOSE_HAND_OFFS_S),
         )

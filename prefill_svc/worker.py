@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from engine.assembly import Engine
 from engine.errors import AlreadyFinished, DuplicateSequence, SequenceTooLong
@@ -12,6 +13,7 @@ from engine.prefill_scheduler import PrefillScheduler
 from engine.progress import RowProgress, StepProgress
 from engine.sequence import Phase, Sequence
 from fleet.bus import Delivery
+from fleet.departure import AskToLeave, Departure
 from fleet.logs import get_logger
 from fleet.messages import (
     Cancel,
@@ -38,6 +40,9 @@ from fleet.worker_metrics import WorkerMetrics
 from prefill_svc.hand_offs import Consequences, PrefillHandOffs
 from prefill_svc.vectors import Vectors
 
+LOOK_S = 0.5
+"""While it drains it looks this often whether its deadline has come nearer."""
+
 _log = get_logger("prefill")
 
 
@@ -46,7 +51,7 @@ class PrefillWorker:
 
     Attributes:
         hand_offs: its `endpoint` is set by the service, as are the attributes below.
-        link, wake, ask_to_stop: the way to the gateways, to the step loop, and out.
+        link, wake, ask_to_leave: the way to the gateways, to the step loop, and out.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class PrefillWorker:
         )
         self.link: WorkerLink
         self.wake: Callable[[], None]
-        self.ask_to_stop: Callable[[], None]
+        self.ask_to_leave: AskToLeave
 
     # messages
 
@@ -92,9 +97,8 @@ class PrefillWorker:
                 self._forget(request_id, epoch)
             case GatewayHello() as hello:
                 self.link.hear_hello(hello)
-            case DrainRequest(reason=reason):
-                _log.info("asked to drain", reason=reason)
-                self.ask_to_stop()
+            case DrainRequest(reason=reason, within_s=within_s):
+                self.ask_to_leave(reason, within_s=within_s)
             case Publication() | Heartbeat() | Goodbye():
                 _log.warning("message for a gateway came to a worker", kind=type(delivery.message).__name__)
             case message:
@@ -293,7 +297,7 @@ class PrefillWorker:
 
     # leaving
 
-    async def drain(self, timeout_s: float) -> None:
+    async def drain(self, departure: Departure) -> None:
         """Take nothing new, give waiting prompts back, finish the rest; what is left after the grace goes back."""
         self._draining = True
         self.link.beat_now()
@@ -301,12 +305,12 @@ class PrefillWorker:
             self._give_back(sequence, "draining")
         self.link.flush()
         self._idle.clear()
-        if self._requests:
-            try:
-                async with asyncio.timeout(timeout_s):
+        while self._requests and (left_s := departure.left_s) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, LOOK_S)):
                     await self._idle.wait()
-            except TimeoutError:
-                _log.warning("grace period is over", num_left=len(self._requests))
+        if self._requests:
+            _log.warning("grace period is over", num_left=len(self._requests))
         for sequence in list(self._scheduler.sequences()):
             self._give_back(sequence, "draining")
         self.link.flush()
