@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--rpm", type=_limit, metavar="N", help="requests per minute (default: no limit)")
     create.add_argument("--tpm", type=_limit, metavar="N", help="tokens per minute (default: no limit)")
     create.add_argument("--models", default="", metavar="A,B", help="models it may use (default: all)")
+    create.add_argument("--admin", action="store_true", help="it may look at every request (GET /v1/requests/{id})")
     listing = actions.add_parser("list", help="show all keys, without their secrets", allow_abbrev=False)
     revoke = actions.add_parser("revoke", help="delete a key", allow_abbrev=False)
     revoke.add_argument("key_id", help="its id, see `baton keys list`")
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace, around: Surroundings, console: Console) -
                     requests_per_minute=arguments.rpm,
                     tokens_per_minute=arguments.tpm,
                     models=models,
+                    admin=arguments.admin,
                 )
             )
             _show_new(key, secret, console, as_json=arguments.json)
@@ -112,11 +114,11 @@ def _show_all(keys: list[ApiKey], console: Console, *, as_json: bool) -> None:
     if not keys:
         _line(console, "no keys: everybody who reaches the gateway may use it")
         return
-    table = Table("id", "name", "made", "requests/min", "tokens/min", "models", box=None, pad_edge=False)
+    table = Table("id", "name", "made", "requests/min", "tokens/min", "models", "scope", box=None, pad_edge=False)
     for key in keys:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_s))
         limits = ("" if limit is None else str(limit) for limit in (key.requests_per_minute, key.tokens_per_minute))
-        table.add_row(key.key_id, key.name, made, *limits, ", ".join(key.models) or "all")
+        table.add_row(key.key_id, key.name, made, *limits, ", ".join(key.models) or "all", "admin" if key.admin else "")
     console.print(table, markup=False)
 
 

@@ -15,7 +15,10 @@ from fleet.redis_client import Redis, as_bytes
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a key. `None` limits are unlimited; empty `models` means all."""
+    """What is known of a key. `None` limits are unlimited, empty `models` means all.
+
+    One with `admin` may look at what all keys do.
+    """
 
     key_id: str
     name: str
@@ -23,6 +26,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     models: tuple[str, ...] = ()
+    admin: bool = False
 
 
 def hash_secret(secret: str) -> str:
@@ -45,6 +49,7 @@ class KeyRegistry:
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
         models: tuple[str, ...] = (),
+        admin: bool = False,
     ) -> tuple[ApiKey, str]:
         """Make a key; returns what is stored and the secret, which is shown here for the only time."""
         key_id = secrets.token_hex(4)
@@ -56,6 +61,7 @@ class KeyRegistry:
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             models=models,
+            admin=admin,
         )
         await self._redis.hset(self._key, hash_secret(secret), msgspec.msgpack.encode(key))
         return key, secret

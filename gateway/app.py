@@ -21,6 +21,7 @@ from gateway.api.http_metrics import HttpMetrics
 from gateway.api.rate_limit import RateLimiter
 from gateway.api.replies import exception_handlers
 from gateway.api.request_ids import add_request_id
+from gateway.api.request_status import NoStatuses, RequestStatuses, request_status
 from gateway.pipeline import Pipeline
 
 Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
@@ -33,6 +34,7 @@ def create_app(
     keys: KeyStore | None = None,
     limiter: RateLimiter | None = None,
     registry: CollectorRegistry | None = None,
+    statuses: RequestStatuses | None = None,
     lifespan: Sequence[Lifespan] = (),
 ) -> Litestar:
     """Make the application.
@@ -43,6 +45,7 @@ def create_app(
         keys: where API keys are known and whether they are needed; None: open to all.
         limiter: counts per-key quotas; in this process alone by default.
         registry: shown on `/metrics`, and given the HTTP figures. A fresh one by default.
+        statuses: where requests are remembered; nowhere by default.
         lifespan: entered in order at start, left in reverse at shutdown.
     """
     context = ApiContext(pipeline, config, limiter or RateLimiter.in_memory())
@@ -57,12 +60,14 @@ def create_app(
             endpoints.get_model,
             endpoints.tokenize,
             endpoints.detokenize,
+            request_status,
             operations.live,
             operations.ready,
             operations.metrics,
         ],
         dependencies={
             "api": Provide(lambda: context, sync_to_thread=False),
+            "statuses": Provide(lambda: statuses or NoStatuses(), sync_to_thread=False),
             "registry": Provide(lambda: shown, sync_to_thread=False),
         },
         guards=[KeyGuard(keys)],

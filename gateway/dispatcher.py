@@ -53,6 +53,7 @@ class Dispatcher:
     def _dispatch(self, live: LiveRequest, passport: Passport, route: Route) -> None:
         live.stage = Stage.PREFILLING
         live.prefill_peer = route.prefill.peer
+        live.hops.send(route.prefill.peer.name, epoch=passport.epoch, reason=live.replayed_for or "admitted")
         live.holders = [route.prefill.peer]
         self._holders.follow(live)
         live.touched_s = time.monotonic()

@@ -12,6 +12,8 @@ BatonError
         │   └── ContextTooLong     400 context_length_exceeded, with both numbers
         ├── InvalidKey             401
         ├── UnknownModel           404
+        ├── UnknownRequest         404
+        ├── NotAllowed             403
         ├── RateLimited            429
         ├── ClientLeft             499, which nobody reads
         ├── Unavailable            503
@@ -131,6 +133,28 @@ class UnknownModel(ApiError):
             error_type="invalid_request_error",
             code="model_not_found",
             param="model",
+        )
+
+
+class UnknownRequest(ApiError):
+    """404: no request of this id is known, or not any more."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"No request {request_id!r} is known; ended ones are remembered for 15 minutes.",
+            status=404,
+            error_type="invalid_request_error",
+            code="request_not_found",
+            param="id",
+        )
+
+
+class NotAllowed(ApiError):
+    """403: this key may not do that."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(
+            message, status=403, error_type="permission_error", code="insufficient_permissions", param=param
         )
 
 

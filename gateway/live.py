@@ -13,6 +13,7 @@ from enum import StrEnum
 
 import msgspec
 
+from fleet.hops import HopLog
 from fleet.messages import (
     Embedded,
     HandedOff,
@@ -44,8 +45,11 @@ class LiveRequest:
         passport: as first sent: prompt, parameters, owner. Epoch and output live here, not in it.
         holders: the workers that matter to it now; one, two at a hand-off, none while it waits.
         moving_for: why it is on its way from one decode worker to another, if it is.
+        hops: the workers it has been on.
+        replayed_for: why the current epoch began; None in the first.
         speaker: who said the last accepted token of this epoch.
         displaced: it ended for a more urgent request that took its place in the queue.
+        first_token_s, first_token_at_s: when the first token came, monotonic and Unix time.
         touched_s: monotonic time of the last dispatch or event; stalls are measured from it.
     """
 
@@ -58,8 +62,11 @@ class LiveRequest:
         self.decode_peer: PeerRef | None = None
         self.moving_for: MoveReason | None = None
         self.speaker: PeerRef | None = None
+        self.hops = HopLog()
+        self.replayed_for: str | None = None
         self.created_s = self.touched_s = time.monotonic()
         self.first_token_s: float | None = None
+        self.first_token_at_s: float | None = None
         self.last_token_s: float | None = None
         self.cached_tokens = 0
         self.num_lost = 0

@@ -105,7 +105,13 @@ class RequestTable:
         self._live[live.request_id] = live
         self._admission.enter(live)
         self._metrics.prompt_tokens.labels(passport.model).inc(passport.prompt_len)
-        self._note_state(live, RequestState.QUEUED, model=passport.model, prompt_tokens=passport.prompt_len)
+        self._note_state(
+            live,
+            RequestState.QUEUED,
+            model=passport.model,
+            prompt_tokens=passport.prompt_len,
+            gateway=passport.gateway.name,
+        )
         self._dispatcher.send_off(live)
         return live
 
@@ -156,7 +162,7 @@ class RequestTable:
             case RequestStarted():
                 live.accept_started(event)
                 self._note_state(
-                    live, RequestState.PREFILLING, prefill_worker=worker.name, cached_tokens=event.cached_tokens
+                    live, RequestState.PREFILLING, prefill_worker=worker.name, cached_tokens=live.cached_tokens
                 )
             case HandingOff():
                 self._accept_handing_off(live, event, worker)
@@ -174,6 +180,7 @@ class RequestTable:
                     self._metrics.stale_messages.inc()
 
     def _accept_handing_off(self, live: LiveRequest, event: HandingOff, worker: PeerRef) -> None:
+        live.hops.announce(event.taker.name, transport=event.transport, reason=event.reason.value)
         if not live.accept_handing_off(event, worker):
             return
         self._holders.follow(live)
@@ -187,6 +194,7 @@ class RequestTable:
     def _accept_handed_off(self, live: LiveRequest, worker: PeerRef) -> None:
         self._holders.follow(live)
         self._dispatcher.rebook(live, self._directory.get(worker))
+        live.hops.adopt(worker.name, epoch=live.epoch)
         if live.moving_for is not None:
             self._metrics.migrations.labels(live.moving_for.value).inc()
             live.moving_for = None
@@ -203,6 +211,7 @@ class RequestTable:
             ttft_s = live.first_token_s - live.created_s
             self._admission.saw_first_token(live, ttft_s)
             self._metrics.ttft_seconds.labels(model).observe(ttft_s)
+            live.first_token_at_s = time.time()
         elif last_before is not None and live.last_token_s is not None:
             gap_s = live.last_token_s - last_before
             self._metrics.itl_seconds.labels(model).observe(gap_s / fresh)
@@ -265,6 +274,7 @@ class RequestTable:
             self._end(live, done)
             return
         live.begin_epoch()
+        live.replayed_for = reason
         self._holders.follow(live)
         self._dispatcher.leave(live)
         self._metrics.replays.labels(reason).inc()
@@ -320,4 +330,7 @@ class RequestTable:
             self._end(live, FinishReason.ERROR, error="the gateway is shutting down", retry_after_s=1)
 
     def _note_state(self, live: LiveRequest, state: RequestState, **fields: str | int) -> None:
-        self._record(Transition(live.request_id, live.epoch, state, dict(fields)))
+        facts: dict[str, str | int | float] = {**fields, "hops": live.hops.encoded()}
+        if live.first_token_at_s is not None:
+            facts["first_token"] = live.first_token_at_s
+        self._record(Transition(live.request_id, live.epoch, state, facts))

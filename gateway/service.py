@@ -22,6 +22,7 @@ from fleet.model_files import ModelFiles
 from fleet.redis_client import UNAVAILABLE, Redis, connect
 from fleet.registry import Registry
 from fleet.request_state import RequestStateWriter
+from fleet.request_status import RequestStatusReader
 from fleet.service_settings import GatewaySettings
 from fleet.types import PeerRef
 from gateway.admission import Admission
@@ -146,6 +147,7 @@ async def _run(
         keys=keys,
         limiter=RateLimiter.on_redis(redis, namespace=settings.namespace),
         registry=metrics.registry,
+        statuses=RequestStatusReader(redis, namespace=settings.namespace),
     )
     server = _Server(
         uvicorn.Config(

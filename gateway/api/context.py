@@ -10,7 +10,7 @@ from gateway.api.auth import STATE_KEY
 from gateway.api.config import ApiConfig
 from gateway.api.rate_limit import RateLimiter
 from gateway.api.replies import AnyRequest
-from gateway.errors import UnknownModel
+from gateway.errors import NotAllowed, UnknownModel
 from gateway.pipeline import Pipeline, ServedModel
 
 
@@ -41,6 +41,13 @@ def caller_key(request: AnyRequest) -> ApiKey | None:
     """The API key that the guard found, None on an open server."""
     key = request.scope["state"].get(STATE_KEY)
     return key if isinstance(key, ApiKey) else None
+
+
+def require_admin(request: AnyRequest) -> None:
+    """Raises: NotAllowed unless the caller's key has the admin scope. A server without keys is open."""
+    key = caller_key(request)
+    if key is not None and not key.admin:
+        raise NotAllowed("This needs a key with the admin scope; make one with `baton keys create NAME --admin`.")
 
 
 def may_use(key: ApiKey | None, model: ServedModel) -> bool:

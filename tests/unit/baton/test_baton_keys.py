@@ -69,6 +69,15 @@ def test_create_list_and_revoke(url: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"there is no key {key.key_id}" in capsys.readouterr().err
 
 
+def test_a_key_may_have_the_admin_scope(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "create", "ann", "--admin", "--redis-url", url]) == 0
+    (key,) = _stored(url).values()
+    assert key.admin
+    capsys.readouterr()
+    assert main(["keys", "list", "--redis-url", url]) == 0
+    assert "admin" in capsys.readouterr().out
+
+
 def test_json_for_scripts(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "create", "bob", "--json", "--redis-url", url]) == 0
     made = msgspec.json.decode(capsys.readouterr().out)

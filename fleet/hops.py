@@ -1,0 +1,80 @@
+"""Where a request has been: one entry per worker that held it, written behind into its state in Redis."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import msgspec
+
+from fleet.types import Role
+
+MAX_HOPS = 32
+"""A request that moves more often keeps its latest ones."""
+
+
+class Hop(msgspec.Struct, frozen=True, kw_only=True):
+    """One stay on a worker.
+
+    Attributes:
+        worker: its name.
+        role: prefill or decode.
+        epoch: under which it held the request; a higher one than before means a replay.
+        reason: why the request came here: `admitted`, why it was replayed (`worker_lost`, …), or why it was handed
+            off (`prefilled`, `drain`, …; `handed_off` until the giver's word has arrived).
+        at_s: Unix time.
+        transport: over which its pages came; None where none did, or the giver's word has not arrived.
+    """
+
+    worker: str
+    role: Role
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    reason: str
+    at_s: float
+    transport: str | None = None
+
+
+class HopLog:
+    """The latest hops of one request. Giver and taker of a hand-off may be heard in either order."""
+
+    def __init__(self) -> None:
+        self._hops: list[Hop] = []
+        self._announced: tuple[str, str, str] | None = None  # taker, transport, reason
+
+    def send(self, worker: str, *, epoch: int, reason: str) -> None:
+        """A prefill worker gets the request."""
+        self._announced = None
+        self._append(Hop(worker=worker, role=Role.PREFILL, epoch=epoch, reason=reason, at_s=time.time()))
+
+    def announce(self, taker: str, *, transport: str, reason: str) -> None:
+        """A giver says to whom it hands the request, how its pages go, and why."""
+        last = self._hops[-1] if self._hops else None
+        if last is not None and last.worker == taker and last.role is Role.DECODE:
+            self._hops[-1] = msgspec.structs.replace(last, transport=transport, reason=reason)
+        else:
+            self._announced = (taker, transport, reason)
+
+    def adopt(self, worker: str, *, epoch: int) -> None:
+        """A decode worker has taken the request."""
+        transport, reason = None, "handed_off"
+        if self._announced is not None and self._announced[0] == worker:
+            _, transport, reason = self._announced
+        self._announced = None
+        self._append(
+            Hop(worker=worker, role=Role.DECODE, epoch=epoch, reason=reason, at_s=time.time(), transport=transport)
+        )
+
+    def _append(self, hop: Hop) -> None:
+        self._hops = [*self._hops[1 - MAX_HOPS :], hop]
+
+    def encoded(self) -> str:
+        """As it lies in Redis: JSON."""
+        return msgspec.json.encode(self._hops).decode()
+
+
+def decode_hops(raw: bytes) -> list[Hop]:
+    """Hops out of Redis; none where they cannot be read."""
+    try:
+        return msgspec.json.decode(raw, type=list[Hop])
+    except msgspec.MsgspecError:
+        return []
