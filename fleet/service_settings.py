@@ -83,6 +83,9 @@ class GatewaySettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_f
         float, Meta(description="how long a request waits for a worker to come before it ends with 503", ge=0)
     ] = 15.0
     max_body_bytes: Annotated[int, Meta(description="largest request body", ge=1024)] = 16 * 2**20
+    response_ttl_s: Annotated[
+        int, Meta(description="how long stored responses are kept after their last use", ge=60)
+    ] = 86_400
     cors_origins: Annotated[
         str, Meta(description="origins that browsers may call from, comma-separated, * for all; empty: none")
     ] = ""

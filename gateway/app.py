@@ -22,6 +22,9 @@ from gateway.api.rate_limit import RateLimiter
 from gateway.api.replies import exception_handlers
 from gateway.api.request_ids import add_request_id
 from gateway.api.request_status import NoStatuses, RequestStatuses, request_status
+from gateway.api.responses_api import endpoints as responses_endpoints
+from gateway.api.responses_api.background import BackgroundRuns
+from gateway.api.responses_api.store import ResponseStore
 from gateway.pipeline import Pipeline
 
 Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
@@ -35,6 +38,7 @@ def create_app(
     limiter: RateLimiter | None = None,
     registry: CollectorRegistry | None = None,
     statuses: RequestStatuses | None = None,
+    responses: ResponseStore | None = None,
     lifespan: Sequence[Lifespan] = (),
 ) -> Litestar:
     """Make the application.
@@ -44,11 +48,17 @@ def create_app(
         config: what the HTTP half needs to be told.
         keys: where API keys are known and whether they are needed; None: open to all.
         limiter: counts per-key quotas; in this process alone by default.
+        responses: where responses are kept; None: nowhere, and none runs in the background.
         registry: shown on `/metrics`, and given the HTTP figures. A fresh one by default.
         statuses: where requests are remembered; nowhere by default.
         lifespan: entered in order at start, left in reverse at shutdown.
     """
     context = ApiContext(pipeline, config, limiter or RateLimiter.in_memory())
+    entered = list(lifespan)
+    if responses is not None:
+        context.responses = responses
+        context.background = BackgroundRuns(context, responses, lease_s=config.lease_s)
+        entered.append(context.background.lifespan)
     shown = registry or CollectorRegistry()
     metering: list[ASGIMiddleware] = [HttpMetrics(shown)]
     app = Litestar(
@@ -56,6 +66,12 @@ def create_app(
             endpoints.chat_completions,
             endpoints.completions,
             embeddings,
+            responses_endpoints.create_response,
+            responses_endpoints.count_input_tokens,
+            responses_endpoints.get_response,
+            responses_endpoints.delete_response,
+            responses_endpoints.cancel_response,
+            responses_endpoints.list_input_items,
             endpoints.list_models,
             endpoints.get_model,
             endpoints.tokenize,
@@ -77,7 +93,7 @@ def create_app(
         request_max_body_size=config.max_body_bytes,
         openapi_config=openapi_config(config.version),
         cors_config=_cors(config.cors_origins),
-        lifespan=list(lifespan),
+        lifespan=entered,
         logging_config=None,
     )
     document_bodies(app)

@@ -36,13 +36,14 @@ class FleetPipeline:
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        output_ids: Sequence[int] = (),
     ) -> Generation:
         """Admit one sequence and start it; see the Protocol."""
         passport = Passport(
             request_id=request_id,
             epoch=0,
             model=model.name,
-            token_ids=prompt_ids,
+            token_ids=[*prompt_ids, *output_ids] if output_ids else prompt_ids,
             prompt_len=len(prompt_ids),
             params=params,
             gateway=self._me,

@@ -42,7 +42,8 @@ class LiveRequest:
     """One sequence under way, as the client's side reads it (`gateway.pipeline.Generation`) and the fleet feeds it.
 
     Attributes:
-        passport: as first sent: prompt, parameters, owner. Epoch and output live here, not in it.
+        passport: as first sent: prompt, parameters, owner, and output if another gateway began it. Epoch and output
+            live here, not in it.
         holders: the workers that matter to it now; one, two at a hand-off, none while it waits.
         moving_for: why it is on its way from one decode worker to another, if it is.
         hops: the workers it has been on.
@@ -75,12 +76,12 @@ class LiveRequest:
         self.error: str | None = None
         self.retry_after_s: float | None = None
         self.displaced = False
-        self.output: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        self.output: list[int] = passport.token_ids[passport.prompt_len :]
+        self._num_given = self._num_read = len(self.output)  # of an earlier life: not read again
+        self._logprobs: list[TokenLogprob] = []  # of what came after it
         self._prompt_logprobs: list[TokenLogprob] = []  # of the prompt tokens from the second on
         self._num_prompt_logprobs_read = 0
         self._vector: bytes | None = None
-        self._num_read = 0
         self._finish_read = False
         self._early: dict[int, TokenChunk] = {}
         self._adopted_at = 0
@@ -119,7 +120,7 @@ class LiveRequest:
         self._finish_read = self.finish is not None
         return Tokens(
             token_ids=self.output[begin:],
-            logprobs=self._logprobs[begin:] if asked else None,
+            logprobs=self._logprobs[begin - self._num_given :] if asked else None,
             prompt_logprobs=self._prompt_logprobs[first:],
             vector=self._vector,
             finish=self.finish,
@@ -149,7 +150,7 @@ class LiveRequest:
         if params.prompt_logprobs is not None and self._num_missing_prompt_logprobs() == 0:
             params = msgspec.structs.replace(params, prompt_logprobs=None)
         return msgspec.structs.replace(
-            arrived, epoch=self.epoch, token_ids=arrived.token_ids + self.output, params=params
+            arrived, epoch=self.epoch, token_ids=arrived.token_ids[: arrived.prompt_len] + self.output, params=params
         )
 
     def begin_epoch(self) -> None:

@@ -141,9 +141,11 @@ class Pipeline(Protocol):
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        output_ids: Sequence[int] = (),
     ) -> Generation:
-        """Admit one sequence and start it.
+        """Admit one sequence and start it, or go on after `output_ids`, which another gateway was given.
 
+        What the generation hands out comes after them; its counts include them.
         Requires: `prompt_ids` not empty, `len(prompt_ids) + params.max_tokens <= model.max_model_len`, `request_id`
         unique, `params.max_tokens` 0 with `pooling`.
         Returns as soon as the sequence is admitted, before its first token.

@@ -112,7 +112,11 @@ class RequestTable:
             prompt_tokens=passport.prompt_len,
             gateway=passport.gateway.name,
         )
-        self._dispatcher.send_off(live)
+        done = live.reason_by_tokens()
+        if done is None:
+            self._dispatcher.send_off(live)
+        else:
+            self._end(live, done)
         return live
 
     def _displace(self, live: LiveRequest) -> None:

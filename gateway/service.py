@@ -28,6 +28,7 @@ from fleet.types import PeerRef
 from gateway.admission import Admission
 from gateway.api.config import MAX_GENERATIONS, ApiConfig
 from gateway.api.rate_limit import RateLimiter
+from gateway.api.responses_api.store import ResponseStore
 from gateway.app import create_app
 from gateway.catalog import Catalog
 from gateway.directory import Directory, Worker
@@ -142,12 +143,14 @@ async def _run(
             version=version("baton-serve"),
             max_generations=min(MAX_GENERATIONS, settings.max_queued_requests),
             max_body_bytes=settings.max_body_bytes,
+            lease_s=settings.lease_s,
             cors_origins=tuple(origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()),
         ),
         keys=keys,
         limiter=RateLimiter.on_redis(redis, namespace=settings.namespace),
         registry=metrics.registry,
         statuses=RequestStatusReader(redis, namespace=settings.namespace),
+        responses=ResponseStore(redis, namespace=settings.namespace, ttl_s=settings.response_ttl_s),
     )
     server = _Server(
         uvicorn.Config(

@@ -15,6 +15,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_body_bytes: larger request bodies get 413.
         max_generations: prompts times `n` that one request may start: no more than a queue has room for, or it would be
             told to come back for ever.
+        lease_s: a background response whose gateway is silent so long may be taken over.
         cors_origins: origins that browsers may call from; empty: no CORS headers at all.
     """
 
@@ -22,3 +23,4 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 16 * 2**20
     max_generations: int = MAX_GENERATIONS
     cors_origins: tuple[str, ...] = ()
+    lease_s: float = 3.0

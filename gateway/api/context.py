@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
@@ -10,17 +12,27 @@ from gateway.api.auth import STATE_KEY
 from gateway.api.config import ApiConfig
 from gateway.api.rate_limit import RateLimiter
 from gateway.api.replies import AnyRequest
-from gateway.errors import NotAllowed, UnknownModel
+from gateway.errors import NotAllowed, Unavailable, UnknownModel
 from gateway.pipeline import Pipeline, ServedModel
+
+if TYPE_CHECKING:
+    from gateway.api.responses_api.background import BackgroundRuns
+    from gateway.api.responses_api.store import ResponseStore
 
 
 class ApiContext:
-    """Made once by `create_app`."""
+    """Made once by `create_app`.
+
+    Attributes:
+        responses, background: stored responses and those that run on their own; None without Redis.
+    """
 
     def __init__(self, pipeline: Pipeline, config: ApiConfig, limiter: RateLimiter) -> None:
         self.pipeline = pipeline
         self.config = config
         self.limiter = limiter
+        self.responses: ResponseStore | None = None
+        self.background: BackgroundRuns | None = None
 
     def find_model(self, name: str, key: ApiKey | None) -> ServedModel:
         """The model a client asked for. Raises: UnknownModel, also for one that the key may not use."""
@@ -53,3 +65,16 @@ def require_admin(request: AnyRequest) -> None:
 def may_use(key: ApiKey | None, model: ServedModel) -> bool:
     """Whether the key's list of models, if it has one, names this one."""
     return key is None or not key.models or not {model.name, *model.aliases}.isdisjoint(key.models)
+
+
+def model_or_only(api: ApiContext, name: str | None, request: AnyRequest) -> ServedModel:
+    """The named model; without a name, the first one served."""
+    key = caller_key(request)
+    if name is not None:
+        return api.find_model(name, key)
+    for model in api.pipeline.models():
+        if may_use(key, model):
+            return model
+    if key is not None and key.models:
+        raise UnknownModel(key.models[0])
+    raise Unavailable("No model is served yet.", retry_after_s=1)

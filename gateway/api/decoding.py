@@ -13,7 +13,7 @@ from gateway.errors import ApiError, ClientLeft, InvalidRequest
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Converted = TypeVar("Converted")
-PATH = re.compile(r"(?P<message>.*?)(?: - at `(?P<key>key in )?\$(?P<path>[^`]*)`)?\Z", re.DOTALL)
+PATH = re.compile(r"(?P<message>.*?)(?: - at (?:`key` in )?`\$(?P<path>[^`]*)`)?\Z", re.DOTALL)
 UNKNOWN = re.compile(r"Object contains unknown field `(.*)`\Z", re.DOTALL)
 MISSING = re.compile(r"Object missing required field `(.*)`\Z")
 

@@ -41,9 +41,18 @@ from gateway.api.requests import (
     TokenizeRequest,
 )
 from gateway.api.responses import ErrorBody
+from gateway.api.responses_api.requests import CreateResponseRequest, InputTokensRequest
 
 _TEMPLATE = "#/components/schemas/{name}"
-_BODIES = (ChatCompletionRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (
+    ChatCompletionRequest,
+    CompletionRequest,
+    CreateResponseRequest,
+    EmbeddingRequest,
+    InputTokensRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 
 def body_of(body: type[msgspec.Struct]) -> type[Operation]:

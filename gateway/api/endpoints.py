@@ -13,7 +13,7 @@ from litestar.types import Receive
 from gateway.api.chat_answer import plain_chat, streamed_chat
 from gateway.api.chat_prompt import chat_prompt_ids
 from gateway.api.completion_answer import plain_completion, streamed_completion
-from gateway.api.context import Api, ApiContext, caller_key, may_use
+from gateway.api.context import Api, ApiContext, caller_key, may_use, model_or_only
 from gateway.api.decoding import read_body
 from gateway.api.documentation import answers, body_of
 from gateway.api.jobs import ClientGone, Job, Run
@@ -35,7 +35,7 @@ from gateway.api.responses import (
 )
 from gateway.api.sse import EventStream, StreamedAnswer
 from gateway.api.text_prompt import text_prompt_ids
-from gateway.errors import ClientLeft, InvalidRequest, Unavailable, UnknownModel
+from gateway.errors import ClientLeft, InvalidRequest
 from gateway.pipeline import ServedModel
 
 _CHAT = msgspec.json.Decoder(ChatCompletionRequest)
@@ -124,7 +124,7 @@ async def tokenize(request: AnyRequest, api: Api) -> Response[bytes]:
     body = await read_body(request, _TOKENIZE)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt", code="invalid_value")
-    model = _model_or_only(api, body.model, request)
+    model = model_or_only(api, body.model, request)
     if body.messages is not None:
         ids = await chat_prompt_ids(
             model,
@@ -154,7 +154,7 @@ async def tokenize(request: AnyRequest, api: Api) -> Response[bytes]:
 async def detokenize(request: AnyRequest, api: Api) -> Response[bytes]:
     """The text of the ids, special tokens included."""
     body = await read_body(request, _DETOKENIZE)
-    model = _model_or_only(api, body.model, request)
+    model = model_or_only(api, body.model, request)
     if body.tokens and max(body.tokens) >= model.card.vocab_size:
         raise InvalidRequest(
             f"'tokens' has an id outside the vocabulary (0 to {model.card.vocab_size - 1}).",
@@ -178,16 +178,3 @@ async def _plain(api: ApiContext, job: Job, request: AnyRequest, answer: PlainAn
 
 def _entry(name: str, model: ServedModel) -> ModelEntry:
     return ModelEntry(id=name, created=model.created, max_model_len=model.max_model_len, root=model.name)
-
-
-def _model_or_only(api: ApiContext, name: str | None, request: AnyRequest) -> ServedModel:
-    """The named model; without a name, the first one served."""
-    key = caller_key(request)
-    if name is not None:
-        return api.find_model(name, key)
-    for model in api.pipeline.models():
-        if may_use(key, model):
-            return model
-    if key is not None and key.models:
-        raise UnknownModel(key.models[0])
-    raise Unavailable("No model is served yet.", retry_after_s=1)

@@ -163,20 +163,25 @@ class Run:
         job = self._job
         try:
             for index in range(job.num_outputs if job.computes else 0):
-                prompt, sample = divmod(index, job.num_samples)
-                generation = await self._api.pipeline.submit(
-                    model=job.model,
-                    prompt_ids=job.prompts[prompt],
-                    params=for_sample(job.params[prompt], sample, seeded=job.seeded),
-                    request_id=f"{job.completion_id}-{index}" if index else job.completion_id,
-                    cache_salt=job.cache_salt,
-                    priority=job.priority,
-                )
-                self.outputs.append(Output(job, index, generation))
+                request_id = f"{job.completion_id}-{index}" if index else job.completion_id
+                self.outputs.append(Output(job, index, await self._submit(index, request_id)))
         except BaseException:
             await self._close()
             raise
         return self
+
+    async def _submit(self, index: int, request_id: str) -> Generation:
+        """Start the generation of one output. Raises: PipelineError."""
+        job = self._job
+        prompt, sample = divmod(index, job.num_samples)
+        return await self._api.pipeline.submit(
+            model=job.model,
+            prompt_ids=job.prompts[prompt],
+            params=for_sample(job.params[prompt], sample, seeded=job.seeded),
+            request_id=request_id,
+            cache_salt=job.cache_salt,
+            priority=job.priority,
+        )
 
     async def __aexit__(self, *_: object) -> None:
         """Close all generations."""

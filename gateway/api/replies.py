@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import structlog
 from litestar import MediaType, Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.types import ExceptionHandlersMap
 
 from gateway.api.responses import ErrorBody, ErrorObject
-from gateway.errors import ApiError, NoWorkers, Overloaded, PipelineError, RateLimited, Unavailable
+from gateway.errors import ApiError, InvalidRequest, NoWorkers, Overloaded, PipelineError, RateLimited, Unavailable
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -46,6 +46,8 @@ def as_api_error(error: Exception) -> ApiError:
         return RateLimited(str(error), retry_after_s=error.retry_after_s, code="server_overloaded")
     if isinstance(error, NoWorkers | PipelineError):
         return Unavailable(str(error), retry_after_s=error.retry_after_s)
+    if isinstance(error, ValidationException) and error.extra:
+        return _invalid_parameter(error.extra)
     if isinstance(error, HTTPException) and error.status_code < 500:
         message, code = _HTTP_ERRORS.get(error.status_code, ("The request cannot be served.", "bad_request"))
         return ApiError(
@@ -61,6 +63,13 @@ def as_api_error(error: Exception) -> ApiError:
         error_type="server_error",
         code="internal_error",
     )
+
+
+def _invalid_parameter(details: Any) -> InvalidRequest:
+    """What Litestar found wrong with a query parameter."""
+    first = details[0] if isinstance(details, list) and isinstance(details[0], dict) else {}
+    name, message = first.get("key"), first.get("message", "it does not fit")
+    return InvalidRequest(f"Invalid value for {name!r}: {message}", param=name, code="invalid_value")
 
 
 def exception_handlers() -> ExceptionHandlersMap:

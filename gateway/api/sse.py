@@ -42,6 +42,11 @@ def json_value(value: Any) -> bytes:
     return encoded if encoded.isascii() else encoded.decode().translate(_LINE_BREAKS).encode()
 
 
+def typed_event(kind: str, value: Any) -> bytes:
+    """One event with a name of its own, as OpenAI's Responses and Anthropic's Messages have them."""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), json_value(value))
+
+
 class EventStream:
     """The sending side of one stream. The response starts with the first `send`."""
 
@@ -71,32 +76,42 @@ class EventStream:
 
 
 Producer = Callable[[EventStream, Receive], Awaitable[None]]
+ErrorEvent = Callable[[ApiError], bytes]
+
+
+def openai_error_event(error: ApiError) -> bytes:
+    """An error amid a stream of chunks."""
+    return b"data: " + json_value(error_body(error)) + b"\n\n"
 
 
 class StreamedAnswer(Response[bytes]):
     """An answer in events, written by a producer.
 
     What the producer raises before its first event becomes an ordinary HTTP error; later, an error event that ends
-    the stream. A client that leaves ends it in silence.
+    the stream, in the API's own shape (`error_event`). A client that leaves ends it in silence.
     """
 
-    def __init__(self, producer: Producer, headers: dict[str, str]) -> None:
+    def __init__(
+        self, producer: Producer, headers: dict[str, str], *, error_event: ErrorEvent = openai_error_event
+    ) -> None:
         super().__init__(content=b"")
         self._producer = producer
         self._stream_headers = headers
+        self._error_event = error_event
 
     def to_asgi_response(self, *_: Any, **__: Any) -> ASGIResponse:
         """Litestar's way from a response to something it can call."""
-        return _AsgiStream(self._producer, self._stream_headers)
+        return _AsgiStream(self._producer, self._stream_headers, self._error_event)
 
 
 class _AsgiStream(ASGIResponse):
     """Serves one stream."""
 
-    __slots__ = ("_producer", "_stream_headers")
+    __slots__ = ("_error_event", "_producer", "_stream_headers")
 
-    def __init__(self, producer: Producer, headers: dict[str, str]) -> None:
+    def __init__(self, producer: Producer, headers: dict[str, str], error_event: ErrorEvent) -> None:
         super().__init__()
+        self._error_event = error_event
         self._producer = producer
         self._stream_headers = headers
 
@@ -111,4 +126,4 @@ class _AsgiStream(ASGIResponse):
                 raise
             if not isinstance(error, ApiError):
                 structlog.get_logger("gateway.api").exception("stream failed", path=scope["path"])
-            await stream.end(b"data: " + json_value(error_body(as_api_error(error))) + b"\n\n")
+            await stream.end(self._error_event(as_api_error(error)))

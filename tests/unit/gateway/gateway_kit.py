@@ -177,6 +177,7 @@ class FakePipeline:
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        output_ids: Sequence[int] = (),
     ) -> FakeGeneration:
         if self.refuse is not None and len(self.generations) >= self.refuse_after:
             raise self.refuse
@@ -189,13 +190,15 @@ class FakePipeline:
                 "salt": cache_salt,
                 "priority": priority,
                 "pooling": pooling,
+                "num_known": len(output_ids),
             }
         )
         text = self.texts[place % len(self.texts)] if self.texts else self.text
         if params.max_tokens == 0:
             script = [self.end or Tokens(token_ids=[], finish=FinishReason.LENGTH, vector=vector_of(prompt_ids))]
         else:
-            script = self.script(model, params, self.ids if self.ids is not None else encode(model, text))
+            ids = self.ids if self.ids is not None else encode(model, text)
+            script = self.script(model, params, ids, len(output_ids))
         if params.prompt_logprobs is not None:
             told = [logprob_of(token_id, params.prompt_logprobs) for token_id in prompt_ids[1:]]
             script[0] = msgspec.structs.replace(script[0], prompt_logprobs=told)
@@ -203,11 +206,14 @@ class FakePipeline:
         self.generations.append(generation)
         return generation
 
-    def script(self, model: ServedModel, params: SamplingParams, ids: list[int]) -> list[Tokens]:
-        """What a worker would send: `ids` and an end-of-sequence id, or the first `max_tokens` of them."""
+    def script(self, model: ServedModel, params: SamplingParams, ids: list[int], num_known: int = 0) -> list[Tokens]:
+        """What a worker would send: `ids` and an end-of-sequence id, or the first `max_tokens` of them.
+
+        Of a sequence that goes on elsewhere, what comes after the first `num_known` of these.
+        """
         eos = [token_id for token_id in model.card.eos_ids if token_id in params.stop_token_ids][:1]
         whole = [*ids, *eos]
-        told = whole[: params.max_tokens]
+        told = whole[num_known : params.max_tokens]
         reason = FinishReason.STOP if told and told[-1] in params.stop_token_ids else FinishReason.LENGTH
         chosen = self.score(len(self.generations))
         items = [told[i : i + self.per_item] for i in range(0, len(told), self.per_item)]
