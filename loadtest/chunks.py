@@ -58,11 +58,12 @@ class StreamSink:
 
     ``content_at_s`` holds the clock time of each chunk that carried content; events that came in one read
     share a time. ``failure`` is the first reason to count the answer as failed, None for a good one.
-    Mutates: ``tally.num_chunks``, live.
+    Mutates: ``tally.num_chunks``, live; ``heard``, if given, gets the text piece by piece.
     """
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, heard: list[str] | None = None) -> None:
         self._tally = tally
+        self._heard = heard
         self._parser = SseParser()
         self._error_body = b""
         self._content_type = ""
@@ -127,6 +128,8 @@ class StreamSink:
         has_content = False
         for choice in chunk.choices or ():
             has_content = has_content or choice.has_content()
+            if self._heard is not None and choice.delta is not None and choice.delta.content:
+                self._heard.append(choice.delta.content)
             if choice.finish_reason is not None:
                 self.finish_reason = choice.finish_reason
                 if choice.finish_reason in _FAILED_FINISHES:

@@ -28,15 +28,20 @@ class Client:
         """Return the time on the records' scale."""
         return self._clock() - self._origin_s
 
-    async def send(self, call: Call, *, scheduled_s: float, held_s: float = 0.0) -> Record:
+    async def send(
+        self, call: Call, *, scheduled_s: float, held_s: float = 0.0, heard: list[str] | None = None
+    ) -> Record:
         """Send ``call`` now, wait for the end of its stream and append its record to ``records``.
+
+        ``heard`` gets the answer's text, where the caller wants it.
 
         Never raises for what the server does: that is the record's outcome. A cancelled send is recorded
         as such, and the cancellation goes on.
         """
-        sink = StreamSink(self._tally)
+        sink = StreamSink(self._tally, heard)
         record = Record(
             index=call.index,
+            turn=call.turn,
             scheduled_s=scheduled_s,
             sent_s=self.now_s(),
             held_s=held_s,

@@ -1,7 +1,10 @@
 """The JSON report. Its schema is described in ``docs/loadtest.md``."""
 
+import csv
+import io
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ def make_document(result: Result) -> dict[str, Any]:
         "started_at": result.started_at.isoformat(),
         "interrupted": result.interrupted,
         "config": result.settings.public(),
-        "environment": _environment(),
+        "environment": environment(),
         "target": {
             "model": result.target.model,
             "dialect": msgspec.to_builtins(result.target.dialect),
@@ -34,19 +37,36 @@ def make_document(result: Result) -> dict[str, Any]:
         "summary": msgspec.to_builtins(result.summary) | {"peak_running": result.peak_running},
         "client": msgspec.to_builtins(result.health),
         "notes": result.notes,
-        "requests": [_request(record, result.settings.chunk_times) for record in result.records],
+        "server": msgspec.to_builtins(result.samples),
+        "requests": [_request(record, chunk_times=result.settings.chunk_times) for record in result.records],
     }
 
 
-def write_document(result: Result, path: Path) -> None:
-    """Write the report to ``path``, whole or not at all. Raises: OSError."""
-    text = msgspec.json.format(msgspec.json.encode(make_document(result)), indent=1)
+def write_document(document: dict[str, Any], path: Path) -> None:
+    """Write a report as JSON to ``path``, whole or not at all. Raises: OSError."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
+
+
+def write_table(records: Iterable[Record], path: Path) -> None:
+    """Write a line per request as CSV to ``path``, whole or not at all. Raises: OSError."""
+    rows = [_request(record, chunk_times=False) for record in records]
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that nobody ever sees half done. Raises: OSError."""
     unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(text + b"\n")
+    unfinished.write_bytes(data)
     unfinished.replace(path)
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Return what the figures of this machine depend on."""
     return {
         "loadtest": __version__,
         "python": platform.python_version(),
@@ -58,7 +78,7 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _request(record: Record, chunk_times: bool) -> dict[str, Any]:
+def _request(record: Record, *, chunk_times: bool) -> dict[str, Any]:
     # array.array is no JSON type, so the times are taken out first.
     fields: dict[str, Any] = {
         name: getattr(record, name) for name in record.__struct_fields__ if name != "content_times_s"

@@ -44,31 +44,37 @@ class LagMonitor:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._lags_s = array("d")
         self._started_s = clock()
         self._cpu_started_s = time.process_time()
+        self.lags_s = array("d")
 
     async def watch(self) -> None:
         """Sample until cancelled."""
         while True:
             due_s = self._clock() + _INTERVAL_S
             await asyncio.sleep(_INTERVAL_S)
-            self._lags_s.append(max(0.0, self._clock() - due_s))
+            self.lags_s.append(max(0.0, self._clock() - due_s))
 
-    def health(self, records: Sequence[Record], num_unsent: int, itl_p50_s: float | None) -> ClientHealth:
-        """Judge the run so far; ``itl_p50_s`` tells how much lag matters."""
-        lag = distribution(self._lags_s)
-        delay = distribution(max(0.0, r.sent_s - r.scheduled_s - r.held_s) for r in records)
+    def cpu_share(self) -> float:
+        """Return this process's time on a processor per second since the start."""
         elapsed_s = self._clock() - self._started_s
-        cpu_share = (time.process_time() - self._cpu_started_s) / elapsed_s if elapsed_s > 0 else 0.0
-        return ClientHealth(
-            loop_lag_s=lag,
-            send_delay_s=delay,
-            held_s=distribution(r.held_s for r in records if r.held_s > 0),
-            num_unsent=num_unsent,
-            cpu_share=cpu_share,
-            problems=find_problems(lag, delay, cpu_share, itl_p50_s),
-        )
+        return (time.process_time() - self._cpu_started_s) / elapsed_s if elapsed_s > 0 else 0.0
+
+
+def judge(
+    records: Sequence[Record], *, lags_s: Sequence[float], cpu_share: float, num_unsent: int, itl_p50_s: float | None
+) -> ClientHealth:
+    """Judge a run; ``itl_p50_s`` tells how much lag matters, ``cpu_share`` is that of the busiest process."""
+    lag = distribution(lags_s)
+    delay = distribution(max(0.0, r.sent_s - r.scheduled_s - r.held_s) for r in records)
+    return ClientHealth(
+        loop_lag_s=lag,
+        send_delay_s=delay,
+        held_s=distribution(r.held_s for r in records if r.held_s > 0),
+        num_unsent=num_unsent,
+        cpu_share=cpu_share,
+        problems=find_problems(lag, delay, cpu_share, itl_p50_s),
+    )
 
 
 def find_problems(

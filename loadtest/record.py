@@ -31,13 +31,15 @@ class TokenCount(StrEnum):
 class Record(msgspec.Struct, kw_only=True):
     """One request. Times are seconds after the start of the measured phase; None: it never happened.
 
-    ``scheduled_s`` is when the request was due (closed loop: when its user was free), ``held_s`` how long
-    the ``--concurrency`` cap of an open loop then kept it back, ``sent_s`` when the client let it go, before
-    connecting if it had to. ``content_times_s`` are the arrivals of chunks with content, float64 seconds.
+    ``turn`` counts within a conversation, whose later turns share the ``index``. ``scheduled_s`` is when the
+    request was due (closed loop: when its user was free), ``held_s`` how long the ``--concurrency`` cap of an open
+    loop then kept it back, ``sent_s`` when the client let it go, before connecting if it had to.
+    ``content_times_s`` are the arrivals of chunks with content, float64 seconds.
     Latencies count from ``sent_s``.
     """
 
     index: int
+    turn: int = 0
     scheduled_s: float
     sent_s: float
     held_s: float = 0.0
@@ -103,6 +105,10 @@ class Tally:
     def tokens_per_chunk(self) -> float:
         """Mean of the requests that succeeded so far; 1 before the first."""
         return self.ok_tokens / self.ok_chunks if self.ok_chunks else 1.0
+
+    def counts(self) -> dict[str, int]:
+        """Return all counts by name."""
+        return dict(vars(self))
 
     def sent(self) -> None:
         """Count a request that starts."""

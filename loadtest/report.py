@@ -13,11 +13,8 @@ def print_report(result: Result, console: Console) -> None:
     """Print everything a reader needs to judge the run to ``console``."""
     settings, summary = result.settings, result.summary
     console.print()
-    loop = f"open loop, {settings.rate:g} req/s" if settings.rate is not None else "closed loop"
-    if settings.concurrency is not None:
-        loop += f", at most {settings.concurrency} in flight"
     state = " (interrupted)" if result.interrupted else ""
-    console.print(f"{result.target.model} at {settings.url}: {loop}{state}", markup=False, highlight=False)
+    console.print(f"{result.target.model} at {settings.url}: {settings.load}{state}", markup=False, highlight=False)
     for table in (_counts(result), _latencies(summary), _client(result)):
         console.print()
         console.print(table)

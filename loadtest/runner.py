@@ -1,7 +1,7 @@
 """Sends the load: by the clock (open loop) or by the answers (closed loop)."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import msgspec
 
@@ -17,7 +17,7 @@ _CATCH_UP = 16
 
 
 class Limit(msgspec.Struct, frozen=True):
-    """When to stop sending: after a number of requests, or after a time. At least one is set."""
+    """When to stop sending: after a number of requests, or after a time; neither for arrivals that end themselves."""
 
     num_requests: int | None = None
     duration_s: float | None = None
@@ -88,13 +88,16 @@ class Runner:
 
     def _count_due(self, number: int, arrivals: Iterator[float]) -> int:
         count = 0
-        while not self._limit.reached(number + count, next(arrivals)):
+        for due_s in arrivals:
+            if self._limit.reached(number + count, due_s):
+                break
             count += 1
         return count
 
     async def _one(self, call: Call, due_s: float, held_s: float, gate: asyncio.Semaphore | None) -> None:
         try:
-            await self._client.send(call, scheduled_s=due_s, held_s=held_s)
+            async for _ in self._turns(call, due_s, held_s):
+                pass
         finally:
             if gate is not None:
                 gate.release()
@@ -102,12 +105,26 @@ class Runner:
     async def _user(self, first: Call) -> None:
         call: Call | None = first
         while not self._limit.reached(self._num_taken, free_s := self._client.now_s()):
-            self._num_taken += 1
-            record = await self._client.send(call or self._workload.next_call(), scheduled_s=free_s)
+            async for record in self._turns(call or self._workload.next_call(), free_s):
+                rest_s = _rest_s(record)
+                if rest_s > 0 and not self._limit.reached(self._num_taken, self._client.now_s() + rest_s):
+                    await asyncio.sleep(rest_s)
             call = None
-            rest_s = _rest_s(record)
-            if rest_s > 0 and not self._limit.reached(self._num_taken, self._client.now_s() + rest_s):
-                await asyncio.sleep(rest_s)
+
+    async def _turns(self, call: Call, due_s: float, held_s: float = 0.0) -> AsyncIterator[Record]:
+        """Send a conversation turn by turn; a failed turn, or the end of the time, ends it."""
+        while True:
+            self._num_taken += 1
+            heard: list[str] | None = [] if call.turn + 1 < call.turns else None
+            record = await self._client.send(call, scheduled_s=due_s, held_s=held_s, heard=heard)
+            yield record
+            if heard is None or record.outcome is not Outcome.OK:
+                return
+            due_s, held_s = self._client.now_s() + call.think_s[call.turn], 0.0
+            if self._limit.reached(self._num_taken, due_s):
+                return
+            call = self._workload.follow_up(call, "".join(heard), record.output_tokens)
+            await asyncio.sleep(due_s - self._client.now_s())
 
     def _spawn(self, group: asyncio.TaskGroup, work: "asyncio._CoroutineLike[None]") -> None:
         task = group.create_task(work)

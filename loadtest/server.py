@@ -87,6 +87,13 @@ class Server:
         """POST ``body`` as JSON to ``path``. Raises: ServerUnreachable, ExchangeError."""
         return await self._json(self.post_bytes(path, msgspec.json.encode(body)))
 
+    async def get_text(self, path: str) -> str | None:
+        """GET ``path`` as text, None unless it is answered with 200. Raises: ExchangeError, TimeoutError."""
+        sink = _WholeBody()
+        async with asyncio.timeout(_JSON_TIMEOUT_S):
+            await self.send(f"GET {path} HTTP/1.1\r\n{self._head}\r\n".encode("latin-1"), sink)
+        return sink.body.decode("utf-8", "replace") if sink.status == 200 else None
+
     def close(self) -> None:
         """Drop the connections."""
         self._pool.close()
