@@ -8,7 +8,7 @@ ARGS ?=
 INSTALLED_BY := pyproject.toml constraints.txt scripts/install scripts/install-torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev up doctor test lint compose-test wheels clean
+.PHONY: help install dev up doctor browser test lint compose-test wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ up: install ## serve the demo model on port 8000; ARGS="--model ..." for another
 doctor: install ## say what this machine can do
 	@$(VENV)/bin/baton doctor $(ARGS)
 
-test: dev ## all gates: ruff, mypy, import-linter, pytest
+browser: ## install Chromium for the browser test, where apt and root allow it
+	@scripts/install-browser
+
+test: dev browser ## all gates: ruff, mypy, import-linter, pytest
 	@scripts/check all $(ARGS)
 
 lint: dev ## all gates but the tests

@@ -18,6 +18,7 @@ from gateway.api.context import ApiContext
 from gateway.api.documentation import document_bodies, openapi_config
 from gateway.api.embeddings import embeddings
 from gateway.api.http_metrics import HttpMetrics
+from gateway.api.page import page, page_files
 from gateway.api.rate_limit import RateLimiter
 from gateway.api.replies import exception_handlers
 from gateway.api.request_ids import add_request_id
@@ -77,6 +78,8 @@ def create_app(
             endpoints.tokenize,
             endpoints.detokenize,
             request_status,
+            page,
+            page_files(),
             operations.live,
             operations.ready,
             operations.metrics,

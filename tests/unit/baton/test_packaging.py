@@ -45,7 +45,7 @@ def test_every_target_is_listed_and_its_scripts_are_there() -> None:
     listed = _make("help")
     for target in ("install", "up", "test", "lint", "compose-test", "clean"):
         assert f"make {target} " in listed
-    for name in ("install", "install-torch", "check", "fetch-wheels"):
+    for name in ("install", "install-torch", "install-browser", "check", "fetch-wheels"):
         script = ROOT / "scripts" / name
         assert os.access(script, os.X_OK)
         subprocess.run(["bash", "-n", str(script)], check=True)
