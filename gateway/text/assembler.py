@@ -23,6 +23,7 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
         stops: stop strings, none empty.
         include_stop: keep the stop string or stop token in the text.
         skip_special_tokens: leave special tokens out of the text.
+        kept_ids: special tokens that stay in it all the same.
         stop_token_ids: ids that end the sequence; such a last token has no text.
         min_tokens: stop strings are not looked for in the text of the first so many tokens.
         with_tokens: report tokens beside the text (for log-probabilities or returned ids).
@@ -31,6 +32,7 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    kept_ids: frozenset[int] = frozenset()
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     with_tokens: bool = False
@@ -86,11 +88,13 @@ class TextAssembler:
     def __init__(self, card: ModelCard, options: TextOptions, prompt_ids: Sequence[int] = ()) -> None:
         self._factory = card.detokenizers
         self._options = options
-        self._detokenizer = self._factory.new(skip_special_tokens=options.skip_special_tokens, prompt_ids=prompt_ids)
         self._scanner = StopScanner(options.stops) if options.stops else None
         self._tracks = options.with_tokens or bool(options.stops)
         self._detokenizer = self._factory.new(
-            skip_special_tokens=options.skip_special_tokens, prompt_ids=prompt_ids, tracks=self._tracks
+            skip_special_tokens=options.skip_special_tokens,
+            kept_ids=options.kept_ids,
+            prompt_ids=prompt_ids,
+            tracks=self._tracks,
         )
         self._ends: list[TokenEnd] = []  # of token i, as far as known
         self._num_chars = 0  # of the output, held back or not
@@ -186,7 +190,10 @@ class TextAssembler:
             waiting = self._waiting.popleft()
             text, self._tail = self._tail[: end - start], self._tail[end - start :]
             data = self._factory.contribution(
-                waiting.token_id, text, skip_special_tokens=self._options.skip_special_tokens
+                waiting.token_id,
+                text,
+                skip_special_tokens=self._options.skip_special_tokens,
+                kept_ids=self._options.kept_ids,
             )
             if self.match is not None:
                 data = data[: max(0, self._bytes_released - self._bytes_reported)]

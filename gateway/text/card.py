@@ -11,6 +11,7 @@ import msgspec
 from gateway.errors import CardError
 from gateway.text.control_marks import ControlMarks
 from gateway.text.detokenizer import DetokenizerFactory
+from gateway.text.message_syntax import AUTO, MessageSyntax, SyntaxChoice
 from gateway.text.template import ChatTemplate, pick_template
 from gateway.text.tokenizer import TextTokenizer
 
@@ -39,6 +40,8 @@ class ModelCard:
         detokenizers: ids to text.
         template: None if the model has none (chat is then refused).
         eos_ids: ids that end an answer, from `generation_config.json`, `config.json` and the tokenizer.
+        syntax: how the model writes calls of functions and reasoning.
+        marker_ids: ids of the syntax's markers that are special tokens.
         vocab_size: ids from 0 up to it exist in the model, though not all may have text.
         hidden_size: numbers in an embedding; None if `config.json` does not say.
         defaults: sampling defaults.
@@ -55,6 +58,7 @@ class ModelCard:
         hidden_size: int | None,
         defaults: SamplingDefaults,
         digest: str,
+        syntax: MessageSyntax = MessageSyntax(),  # noqa: B008 (frozen)
     ) -> None:
         self.tokenizer = tokenizer
         self.detokenizers = DetokenizerFactory(tokenizer)
@@ -64,10 +68,13 @@ class ModelCard:
         self.hidden_size = hidden_size
         self.defaults = defaults
         self.digest = digest
+        self.syntax = syntax
+        ids = {tokenizer.id_of(marker) for marker in syntax.markers}
+        self.marker_ids = frozenset(one for one in ids if one in tokenizer.special_ids)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes]) -> ModelCard:
-        """Build from file contents by name.
+    def from_files(cls, files: Mapping[str, bytes], choice: SyntaxChoice = AUTO) -> ModelCard:
+        """Build from file contents by name; `choice` may override the syntax that the template shows.
 
         `tokenizer.json` is required; `tokenizer_config.json`, `config.json`, `generation_config.json` and
         `chat_template.jinja` are used where present.
@@ -93,6 +100,7 @@ class ModelCard:
             hidden_size=_size(config, "hidden_size"),
             defaults=_defaults(generation),
             digest=_digest(files),
+            syntax=choice.of(source or ""),
         )
 
 

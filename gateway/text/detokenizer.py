@@ -56,9 +56,9 @@ class Detokenizer(Protocol):
 class TokenTable:
     """Bytes of every token of a byte-level vocabulary, worked out as needed. Shared by all requests of a model."""
 
-    def __init__(self, tokenizer: TextTokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, skip_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = skip_ids
         self._bytes: dict[int, bytes] = {}
 
     def __getitem__(self, token_id: int) -> bytes:
@@ -108,14 +108,14 @@ class WindowDetokenizer:
 
     Args:
         tokenizer: of the model.
-        skip_special_tokens: leave special tokens out of the text.
+        skip_ids: tokens to leave out of the text.
         context: ids of text that the output goes on from (a prompt's last ordinary token), which decides whether a
             leading space belongs to the output; empty where the output is a text of its own.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, *, skip_special_tokens: bool, context: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, skip_ids: frozenset[int], context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = skip_ids
         self._window = list(context)
         self._window_text = self._decode(self._window) if context else ""
         self._held: list[int] = []
@@ -181,37 +181,56 @@ class DetokenizerFactory:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self.is_byte_level = tokenizer.decoder_config.get("type") == "ByteLevel"
-        self._tables = {skip: TokenTable(tokenizer, skip_special_tokens=skip) for skip in (False, True)}
+        self._tables: dict[frozenset[int], TokenTable] = {}
 
-    def new(self, *, skip_special_tokens: bool, prompt_ids: Sequence[int] = (), tracks: bool = False) -> Detokenizer:
+    def _skipped(self, *, skip_special_tokens: bool, kept_ids: frozenset[int]) -> frozenset[int]:
+        return self._tokenizer.special_ids - kept_ids if skip_special_tokens else frozenset()
+
+    def _table(self, skip_ids: frozenset[int]) -> TokenTable:
+        if skip_ids not in self._tables:
+            self._tables[skip_ids] = TokenTable(self._tokenizer, skip_ids=skip_ids)
+        return self._tables[skip_ids]
+
+    def new(
+        self,
+        *,
+        skip_special_tokens: bool,
+        kept_ids: frozenset[int] = frozenset(),
+        prompt_ids: Sequence[int] = (),
+        tracks: bool = False,
+    ) -> Detokenizer:
         """A detokenizer for one output, keeping track of where tokens end if asked to.
+
+        `kept_ids` are special tokens that show in the text in any case: markers of calls, for the reader after it.
 
         With `prompt_ids` the output reads on from that prompt's text (a leading space is kept); without, it is a
         text of its own, as `tokenizer.decode(output_ids)` has it.
         """
+        skip_ids = self._skipped(skip_special_tokens=skip_special_tokens, kept_ids=kept_ids)
         if self.is_byte_level:
-            return ByteLevelDetokenizer(self._tables[skip_special_tokens], tracks=tracks)
-        return WindowDetokenizer(
-            self._tokenizer, skip_special_tokens=skip_special_tokens, context=self._context(prompt_ids)
-        )
+            return ByteLevelDetokenizer(self._table(skip_ids), tracks=tracks)
+        return WindowDetokenizer(self._tokenizer, skip_ids=skip_ids, context=self._context(prompt_ids))
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that an id stands for, special tokens and leading spaces included; empty for an unknown id."""
         if self.is_byte_level:
-            return self._tables[False][token_id]
+            return self._table(frozenset())[token_id]
         token = self._tokenizer.token(token_id)
         if token is None:
             return b""
         byte = _byte_of(token)
         return byte if byte is not None else token.replace("▁", " ").encode()
 
-    def contribution(self, token_id: int, text: str, *, skip_special_tokens: bool) -> bytes:
+    def contribution(
+        self, token_id: int, text: str, *, skip_special_tokens: bool, kept_ids: frozenset[int] = frozenset()
+    ) -> bytes:
         """Bytes that a token gave to an output in which `text` became complete with it.
 
         Over an output they join to its UTF-8, unless that had to be mended with U+FFFD.
         """
         if self.is_byte_level:
-            return self._tables[skip_special_tokens][token_id]
+            skip_ids = self._skipped(skip_special_tokens=skip_special_tokens, kept_ids=kept_ids)
+            return self._table(skip_ids)[token_id]
         byte = _byte_of(self._tokenizer.token(token_id))
         return text.encode() if byte is None else byte
 

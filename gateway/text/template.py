@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -34,15 +34,22 @@ class ChatTemplate:
         special_tokens: `bos_token` and the like, visible to the template as variables.
         marks: how to keep look-alikes of control tokens apart.
 
+    Attributes:
+        source: as given.
+        variables: names of what the template reads and does not define, `tools` and `enable_thinking` for instance.
+
     Raises:
         CardError: the template does not compile.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], marks: ControlMarks) -> None:
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateError as error:
             raise CardError(f"the chat template does not compile: {error}") from error
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._marks = marks
         accepts_string = self._accepts(PROBE)
@@ -54,19 +61,20 @@ class ChatTemplate:
         messages: list[Message],
         *,
         add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Render to pieces of text; a tokenizer must not read a token across two pieces.
 
         Joined, the pieces are what `transformers` renders. There is one piece unless the conversation contains
-        text that looks like a special token. Keys of messages whose value is None are left out. `variables` are
-        the client's `chat_template_kwargs`.
+        text that looks like a special token. Keys of messages whose value is None are left out. `tools` are
+        declarations of functions in OpenAI's form, `variables` the client's `chat_template_kwargs`.
 
         Raises: TemplateError with the template's own message.
         """
         shaped = [self._shape(message) for message in messages]
         try:
-            (shaped, extra), marks = self._marks.protect([shaped, dict(variables or {})])
+            (shaped, extra), marks = self._marks.protect([shaped, {**(variables or {}), "tools": tools}])
         except ValueError as error:
             raise TemplateError(str(error)) from error
         rendered = self._render(shaped, add_generation_prompt=add_generation_prompt, extra=extra)
