@@ -86,6 +86,15 @@ class GatewaySettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_f
     response_ttl_s: Annotated[
         int, Meta(description="how long stored responses are kept after their last use", ge=60)
     ] = 86_400
+    tool_format: Annotated[
+        str,
+        Meta(
+            description="form of calls: auto (from the chat template), none, hermes, llama3, mistral; or model=form, …"
+        ),
+    ] = "auto"
+    reasoning_format: Annotated[
+        str, Meta(description="form of reasoning: auto (from the chat template), none, think; or model=form, …")
+    ] = "auto"
     cors_origins: Annotated[
         str, Meta(description="origins that browsers may call from, comma-separated, * for all; empty: none")
     ] = ""

@@ -15,6 +15,7 @@ from gateway.directory import Directory, Worker
 from gateway.errors import CardError
 from gateway.pipeline import ModelReadiness, Readiness, ServedModel
 from gateway.text.card import ModelCard
+from gateway.text.message_syntax import SyntaxChoices
 
 RETRY_S = 0.5
 
@@ -24,9 +25,10 @@ _log = get_logger("catalog")
 class Catalog:
     """Served models by name. A model stays known when its workers leave, so that its clients hear 503 and not 404."""
 
-    def __init__(self, directory: Directory, files: ModelFiles) -> None:
+    def __init__(self, directory: Directory, files: ModelFiles, syntaxes: SyntaxChoices) -> None:
         self._directory = directory
         self._files = files
+        self._syntaxes = syntaxes
         self._models: dict[str, ServedModel] = {}
         self._digests: dict[str, str] = {}
         self._names: dict[str, str] = {}
@@ -83,7 +85,7 @@ class Catalog:
 
     async def _load(self, record: WorkerRecord, published: dict[str, bytes]) -> None:
         try:
-            card = await asyncio.to_thread(ModelCard.from_files, published)
+            card = await asyncio.to_thread(ModelCard.from_files, published, self._syntaxes.of(record.model))
         except CardError as error:
             _log.error("model cannot be offered", model=record.model, error=str(error))
             return

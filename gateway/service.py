@@ -37,6 +37,7 @@ from gateway.key_store import CachedKeys
 from gateway.metrics import GatewayMetrics
 from gateway.requests import RequestTable
 from gateway.router import Router
+from gateway.text.message_syntax import SyntaxChoices
 
 SWEEP_S = 0.1
 HTTP_GRACE_S = 5
@@ -106,6 +107,13 @@ async def _first_contact(keys: CachedKeys, settings: GatewaySettings) -> None:
         )
 
 
+def _syntaxes(settings: GatewaySettings) -> SyntaxChoices:
+    try:
+        return SyntaxChoices(tool_formats=settings.tool_format, reasoning_formats=settings.reasoning_format)
+    except ValueError as error:
+        raise SettingsError(f"BATON_TOOL_FORMAT, BATON_REASONING_FORMAT: {error}") from error
+
+
 async def _run(
     settings: GatewaySettings,
     stop: asyncio.Event,
@@ -114,11 +122,12 @@ async def _run(
     keys: CachedKeys,
     listener: socket.socket,
 ) -> None:
+    syntaxes = _syntaxes(settings)
     me = new_peer(name=settings.name, kind="gateway", address=bus.address)
     registry = Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s)
     states = RequestStateWriter(redis, namespace=settings.namespace)
     directory = Directory(bus=bus, me=me, lease_s=settings.lease_s)
-    catalog = Catalog(directory, ModelFiles(redis, namespace=settings.namespace))
+    catalog = Catalog(directory, ModelFiles(redis, namespace=settings.namespace), syntaxes)
     metrics = GatewayMetrics(CollectorRegistry())
     metrics.registry.register(FleetCollector(directory.workers))
     table = RequestTable(

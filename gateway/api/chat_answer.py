@@ -7,29 +7,31 @@ from msgspec import UNSET
 
 from gateway.api.jobs import Job, Output, Run
 from gateway.api.logprobs import TokenSpeller, chat_logprobs
-from gateway.api.responses import AnswerMessage, ChatChoice, ChatCompletion, ChatLogprobs
+from gateway.api.message_parts import MessageParts
+from gateway.api.responses import ChatChoice, ChatCompletion, ChatLogprobs
 from gateway.api.sse import DONE, EventStream, json_text, json_value
 from gateway.text.assembler import Piece, TextToken
+from gateway.text.message_events import CallDelta, CallStart, ContentDelta, MessageEvent, ReasoningDelta
 
 
 async def plain_chat(run: Run, job: Job, receive: Receive) -> ChatCompletion:
     """The whole answer. Raises: what `Run.drive` raises."""
-    texts: list[list[str]] = [[] for _ in range(job.num_outputs)]
+    messages = [MessageParts() for _ in range(job.num_outputs)]
     tokens: list[list[TextToken]] = [[] for _ in range(job.num_outputs)]
     reasons = [""] * job.num_outputs
 
     async def collect(output: Output, piece: Piece) -> None:
-        texts[output.index].append(piece.text)
+        messages[output.index].add(output.read(piece))
         tokens[output.index].extend(piece.tokens)
         if piece.finish is not None:
-            reasons[output.index] = piece.finish.value
+            reasons[output.index] = output.finish_reason(piece.finish)
 
     await run.drive(collect, receive)
     spell = TokenSpeller(job.model.card)
     choices = [
         ChatChoice(
             index=index,
-            message=AnswerMessage("".join(texts[index])),
+            message=messages[index].message(),
             finish_reason=reasons[index],
             logprobs=ChatLogprobs(chat_logprobs(tokens[index], spell, num_top=job.num_top_logprobs))
             if job.with_logprobs
@@ -54,7 +56,7 @@ async def streamed_chat(run: Run, job: Job, stream: EventStream, receive: Receiv
     writer = ChatChunks(job)
 
     async def write(output: Output, piece: Piece) -> None:
-        events = writer.piece(output.index, piece)
+        events = writer.piece(output, piece)
         if not stream.started:
             events = writer.openings() + events
         if events:
@@ -79,9 +81,9 @@ class ChatChunks:
             % (json_text(job.completion_id), job.created, json_text(job.model_name), json_text(job.fingerprint))
         )
         self._tail = b'],"usage":null}\n\n' if job.include_usage else b"]}\n\n"
-        self._content = [
-            self._head + b'"choices":[{"index":%d,"delta":{"content":' % index for index in range(job.num_outputs)
-        ]
+        self._starts = [self._head + b'"choices":[{"index":%d,"delta":{' % index for index in range(job.num_outputs)]
+        # A message of calls has no content; where there may be some, that is not known yet
+        self._opening = b'"role":"assistant","content":%b,"refusal":null' % (b"null" if job.reads.calls else b'""')
         self._plain_end = b'},"logprobs":null,"finish_reason":null}' + self._tail
 
     def openings(self) -> bytes:
@@ -92,26 +94,24 @@ class ChatChunks:
         return b"".join(
             self._head
             + (b"" if index else prompt)
-            + b'"choices":[{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},' % index
-            + b'"logprobs":null,"finish_reason":null}'
+            + b'"choices":[{"index":%d,"delta":{%b},"logprobs":null,"finish_reason":null}' % (index, self._opening)
             + self._tail
             for index in range(self._job.num_outputs)
         )
 
-    def piece(self, index: int, piece: Piece) -> bytes:
-        """Chunks for a piece of a choice."""
-        events = b""
+    def piece(self, output: Output, piece: Piece) -> bytes:
+        """Chunks for a piece of a choice: one for each delta, the first of them with the piece's tokens."""
+        start = self._starts[output.index]
+        deltas = [delta for event in output.read(piece) if (delta := _delta(event)) is not None]
         if piece.tokens:
-            events = self._content[index] + json_text(piece.text) + self._token_end(piece)
-        elif piece.text:
-            events = self._content[index] + json_text(piece.text) + self._plain_end
+            first, *deltas = deltas or [b""]
+            events = start + first + self._token_end(piece)
+        else:
+            events = b""
+        events += b"".join([start + delta + self._plain_end for delta in deltas])
         if piece.finish is not None:
-            events += b'%b"choices":[{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"}%b' % (
-                self._head,
-                index,
-                piece.finish.value.encode(),
-                self._tail,
-            )
+            reason = output.finish_reason(piece.finish).encode()
+            events += b'%b},"logprobs":null,"finish_reason":"%b"}%b' % (start, reason, self._tail)
         return events
 
     def usage(self, run: Run) -> bytes:
@@ -128,3 +128,21 @@ class ChatChunks:
         if job.return_token_ids:
             ids = b',"token_ids":%b' % json_value([token.token_id for token in piece.tokens])
         return b'},"logprobs":%b,"finish_reason":null%b}%b' % (logprobs, ids, self._tail)
+
+
+def _delta(event: MessageEvent) -> bytes | None:
+    """The inside of the `delta` object that tells an event; the end of a call is told by what comes after it."""
+    match event:
+        case ContentDelta(text):
+            return b'"content":' + json_text(text)
+        case ReasoningDelta(text):
+            return b'"reasoning_content":%b,"reasoning":%b' % (json_text(text), json_text(text))
+        case CallStart(index, call_id, name):
+            return b'"tool_calls":[{"index":%d,"id":"%b","type":"function","function":{"name":%b,"arguments":""}}]' % (
+                index,
+                call_id.encode(),
+                json_text(name),
+            )
+        case CallDelta(index, arguments):
+            return b'"tool_calls":[{"index":%d,"function":{"arguments":%b}}]' % (index, json_text(arguments))
+    return None

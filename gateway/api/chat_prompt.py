@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,20 +20,39 @@ from gateway.api.requests import (
 )
 from gateway.errors import InvalidRequest, TemplateError
 from gateway.pipeline import ServedModel
+from gateway.text.message_syntax import THINK, CallFormat
 from gateway.text.template import Message
 
+_SHORT_ID = 9
 _RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 
 
-async def chat_prompt_ids(
+class ChatPrompt(msgspec.Struct, frozen=True):
+    """A rendered conversation.
+
+    Attributes:
+        ids: token ids.
+        thinking: the prompt ends with an open `<think>`, so that the output begins within the reasoning.
+    """
+
+    ids: list[int]
+    thinking: bool = False
+
+
+async def chat_prompt(
     model: ServedModel,
     messages: Sequence[ChatMessage],
     *,
     add_generation_prompt: bool,
     add_special_tokens: bool,
     variables: Mapping[str, Any],
-) -> list[int]:
-    """Render the model's chat template and tokenize. Raises: InvalidRequest naming the field at fault."""
+    tools: Sequence[dict[str, Any]] = (),
+) -> ChatPrompt:
+    """Render the model's chat template and tokenize.
+
+    `variables` are the client's `chat_template_kwargs`, `tools` declarations of functions in OpenAI's form.
+    Raises: InvalidRequest naming the field at fault.
+    """
     template = model.card.template
     if template is None:
         raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
@@ -41,24 +61,34 @@ async def chat_prompt_ids(
             raise InvalidRequest(
                 f"'chat_template_kwargs' may not set {name!r}.", param="chat_template_kwargs", code="invalid_value"
             )
-    shaped = [_as_template_sees(message, place) for place, message in enumerate(messages)]
+        if name not in template.variables:
+            raise InvalidRequest(
+                f"'chat_template_kwargs' sets {name[:100]!r}, which this model's chat template does not read.",
+                param=f"chat_template_kwargs.{name[:100]}",
+                code="unsupported_parameter",
+            )
+    short_ids = model.card.syntax.calls is CallFormat.MISTRAL
+    shaped = [_as_template_sees(message, place, short_ids=short_ids) for place, message in enumerate(messages)]
     try:
-        pieces = template.render(shaped, add_generation_prompt=add_generation_prompt, variables=variables)
+        pieces = template.render(
+            shaped, add_generation_prompt=add_generation_prompt, tools=list(tools) or None, variables=variables
+        )
     except TemplateError as error:
         raise InvalidRequest(str(error)[:500], param="messages", code="invalid_value") from error
     ids = await model.card.tokenizer.encode_seamed_async(pieces, add_special_tokens=add_special_tokens)
     if not ids:
         raise InvalidRequest("The messages make an empty prompt.", param="messages", code="invalid_value")
-    return ids
+    thinking = add_generation_prompt and "".join(pieces[-1:]).rstrip().endswith(THINK)
+    return ChatPrompt(ids, thinking)
 
 
-def _as_template_sees(message: ChatMessage, place: int) -> Message:
+def _as_template_sees(message: ChatMessage, place: int, *, short_ids: bool) -> Message:
     """A message as published templates expect it: `system` for `developer`, arguments of calls as objects."""
     if isinstance(message, AssistantMessage):
-        return _assistant(message, f"messages[{place}]")
+        return _assistant(message, f"messages[{place}]", short_ids=short_ids)
     shaped: Message = {"role": _role(message), "content": _content(message.content), "name": message.name}
     if isinstance(message, ToolMessage):
-        shaped["tool_call_id"] = message.tool_call_id
+        shaped["tool_call_id"] = _short_id(message.tool_call_id) if short_ids else message.tool_call_id
     return shaped
 
 
@@ -68,7 +98,7 @@ def _role(message: ChatMessage) -> str:
     return "tool" if isinstance(message, ToolMessage) else "user"
 
 
-def _assistant(message: AssistantMessage, path: str) -> Message:
+def _assistant(message: AssistantMessage, path: str, *, short_ids: bool) -> Message:
     for name in ("audio", "function_call"):
         if getattr(message, name):
             raise InvalidRequest(
@@ -83,8 +113,18 @@ def _assistant(message: AssistantMessage, path: str) -> Message:
         )
     shaped: Message = {"role": "assistant", "content": _content(content), "name": message.name}
     shaped["reasoning_content"] = message.reasoning_content or message.reasoning
-    shaped["tool_calls"] = [_call(call) for call in message.tool_calls] if message.tool_calls else None
+    calls = [_call(call) for call in message.tool_calls or []]
+    for call in calls if short_ids else ():
+        call["id"] = _short_id(call["id"])
+    shaped["tool_calls"] = calls or None
     return shaped
+
+
+def _short_id(call_id: str) -> str:
+    """Mistral's templates take ids of nine letters and digits alone; others become some, alike for alike."""
+    if len(call_id) == _SHORT_ID and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.blake2b(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:_SHORT_ID]
 
 
 def _content(content: str | Sequence[TextPart | RefusalPart] | None) -> str | list[dict[str, str]] | None:

@@ -11,7 +11,7 @@ from litestar.params import FromPath
 from litestar.types import Receive
 
 from gateway.api.chat_answer import plain_chat, streamed_chat
-from gateway.api.chat_prompt import chat_prompt_ids
+from gateway.api.chat_prompt import chat_prompt
 from gateway.api.completion_answer import plain_completion, streamed_completion
 from gateway.api.context import Api, ApiContext, caller_key, may_use, model_or_only
 from gateway.api.decoding import read_body
@@ -35,6 +35,7 @@ from gateway.api.responses import (
 )
 from gateway.api.sse import EventStream, StreamedAnswer
 from gateway.api.text_prompt import text_prompt_ids
+from gateway.api.tools import check_served, tool_use
 from gateway.errors import ClientLeft, InvalidRequest
 from gateway.pipeline import ServedModel
 
@@ -126,13 +127,17 @@ async def tokenize(request: AnyRequest, api: Api) -> Response[bytes]:
         raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt", code="invalid_value")
     model = model_or_only(api, body.model, request)
     if body.messages is not None:
-        ids = await chat_prompt_ids(
+        use = tool_use(body.tools, None, parallel=None)
+        check_served(use, model)
+        prompt = await chat_prompt(
             model,
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
             add_special_tokens=bool(body.add_special_tokens),
             variables=body.chat_template_kwargs or {},
+            tools=use.declared,
         )
+        ids = prompt.ids
     else:
         (ids,) = await text_prompt_ids(
             model, [body.prompt or ""], add_special_tokens=body.add_special_tokens is not False

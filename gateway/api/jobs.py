@@ -8,15 +8,18 @@ from typing import Any, Self
 
 import msgspec
 from litestar.types import Receive
+from msgspec import UNSET
 
 from fleet.keys import ApiKey
 from fleet.types import FinishReason, SamplingParams, TokenLogprob
 from gateway.api.context import ApiContext
-from gateway.api.responses import PromptTokensDetails, Usage
+from gateway.api.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 from gateway.api.sampling import for_sample
 from gateway.errors import ApiError, GenerationFailed, RateLimited, Unavailable
 from gateway.pipeline import Generation, ServedModel, Tokens
 from gateway.text.assembler import Piece, TextAssembler, TextOptions
+from gateway.text.message_events import MessageEvent
+from gateway.text.message_reader import MessageReader, ReadOptions
 
 
 class ClientGone(Exception):
@@ -36,6 +39,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         seeded: the client gave a seed.
         options: how output becomes text.
         continues_prompt: the output reads on from the prompt (completions) instead of being a message.
+        reads: how outputs are read as messages.
+        chose_function: the client named the function to call.
         echo_texts: prompts as text, to be repeated before their outputs; empty without `echo`.
         echo_offsets: of each prompt, where in its text its tokens begin; empty without `scores_prompts`.
         scores_prompts: log-probabilities of the prompts are wanted.
@@ -57,6 +62,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     num_choices: int = 0
     seeded: bool = False
     continues_prompt: bool = False
+    reads: ReadOptions = ReadOptions()
+    chose_function: bool = False
     echo_texts: Sequence[str] = ()
     echo_offsets: Sequence[list[int]] = ()
     scores_prompts: bool = False
@@ -98,6 +105,10 @@ class Output:
         self.assembler = TextAssembler(job.model.card, job.options, prompt)
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
+        self._reader = MessageReader(job.reads)
+        self._chose_function = job.chose_function
+        self._think_end_id = job.model.card.think_end_id if job.reads.thinks else None
+        self._num_before_answer: int | None = None
         self._keeps_logprobs = job.picks_best
         self._logprobs: list[float] = []
 
@@ -106,6 +117,24 @@ class Output:
         """Log-probability per token, where the job picks the best by it."""
         counted = self._logprobs[: self.assembler.num_tokens]
         return sum(counted) / max(1, len(counted))
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """Output tokens up to the end of the reasoning; None if it has none, or an end that is no single token."""
+        if not self._reader.has_thought or self._think_end_id is None:
+            return None
+        num_tokens = self.assembler.num_tokens
+        return num_tokens if self._num_before_answer is None else min(num_tokens, self._num_before_answer)
+
+    def read(self, piece: Piece) -> list[MessageEvent]:
+        """What a piece adds to the message. Call it once for every piece, in order."""
+        events = self._reader.feed(piece.text)
+        return events if piece.finish is None else events + self._reader.finish()
+
+    def finish_reason(self, finish: FinishReason) -> str:
+        """OpenAI's word for the end of a message: `tool_calls` with calls, unless the client chose the function."""
+        calls = finish is FinishReason.STOP and self._reader.num_calls > 0 and not self._chose_function
+        return "tool_calls" if calls else finish.value
 
     async def run(self, sink: Sink) -> None:
         """Hand every piece to the sink; the first one even if it is empty, so that a stream can open.
@@ -120,6 +149,9 @@ class Output:
             self.prompt_logprobs += tokens.prompt_logprobs
             if self._keeps_logprobs and tokens.logprobs is not None:
                 self._logprobs += [entry.logprob for entry in tokens.logprobs]
+            if self._think_end_id in tokens.token_ids and self._num_before_answer is None:
+                place = tokens.token_ids.index(self._think_end_id)
+                self._num_before_answer = self.assembler.num_tokens + place + 1
             piece = self.assembler.push(tokens)
             if self.assembler.match is not None:
                 if tokens.finish is None:
@@ -214,11 +246,13 @@ class Run:
             min(output.num_cached_tokens, len(job.prompts[output.prompt_index]) - 1)
             for output in self.outputs[:: job.num_samples]
         )
+        reasoning = [n for output in self.outputs if (n := output.num_reasoning_tokens) is not None]
         return Usage(
             prompt_tokens=num_prompt_tokens,
             completion_tokens=num_output_tokens,
             total_tokens=num_prompt_tokens + num_output_tokens,
             prompt_tokens_details=PromptTokensDetails(num_cached),
+            completion_tokens_details=CompletionTokensDetails(sum(reasoning)) if reasoning else UNSET,
         )
 
     async def _close(self) -> None:

@@ -5,34 +5,60 @@ from __future__ import annotations
 import time
 import uuid
 
+import msgspec
+
 from fleet.keys import ApiKey
 from gateway.api import refusals
-from gateway.api.chat_prompt import chat_prompt_ids
+from gateway.api.call_grammar import call_grammar
+from gateway.api.chat_prompt import ChatPrompt, chat_prompt
 from gateway.api.context import ApiContext
 from gateway.api.jobs import Job
+from gateway.api.reasoning import template_variables
 from gateway.api.requests import ChatCompletionRequest, CompletionRequest
 from gateway.api.sampling import COMPLETION_MAX_TOKENS, output_limit, sampling_params, text_options
 from gateway.api.text_prompt import prompt_text, split_prompts, text_prompt_ids, token_offsets
+from gateway.api.tools import ToolUse, check_served, read_options, tool_use
 from gateway.errors import InvalidRequest
 from gateway.pipeline import ServedModel
+
+
+async def render_chat(model: ServedModel, request: ChatCompletionRequest) -> tuple[ToolUse, ChatPrompt]:
+    """The tools of a request resolved, and its prompt. Raises: InvalidRequest."""
+    use = tool_use(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
+    check_served(use, model)
+    prompt = await chat_prompt(
+        model,
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        add_special_tokens=bool(request.add_special_tokens),
+        variables=template_variables(request.chat_template_kwargs or {}, request.reasoning_effort, model),
+        tools=use.declared,
+    )
+    return use, prompt
 
 
 async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey | None) -> Job:
     """Raises: ApiError."""
     refusals.check_chat(request)
     model = api.find_model(request.model, key)
-    ids = await chat_prompt_ids(
-        model,
-        request.messages,
-        add_generation_prompt=request.add_generation_prompt is not False,
-        add_special_tokens=bool(request.add_special_tokens),
-        variables=request.chat_template_kwargs or {},
-    )
+    use, prompt = await render_chat(model, request)
+    ids = prompt.ids
+    grammar = await call_grammar(use, model.card, None, thinking=prompt.thinking)
     asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     max_tokens = output_limit(model, num_prompt_tokens=len(ids), max_tokens=asked, param="messages")
     num_top = request.top_logprobs or 0
-    params = sampling_params(request, model, max_tokens=max_tokens, num_logprobs=num_top if request.logprobs else None)
+    params = sampling_params(
+        request,
+        model,
+        max_tokens=max_tokens,
+        num_logprobs=num_top if request.logprobs else None,
+        grammar=grammar,
+    )
     with_tokens = bool(request.logprobs or request.return_token_ids)
+    reads = read_options(
+        use, model, thinking=prompt.thinking, shows_special_tokens=request.skip_special_tokens is False
+    )
+    options = text_options(request, params, with_tokens=with_tokens)
     headers = await api.limiter.admit(key, len(ids))
     return Job(
         completion_id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -42,7 +68,9 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
         fingerprint=api.fingerprint(model),
         prompts=[ids],
         params=[params],
-        options=text_options(request, params, with_tokens=with_tokens),
+        options=msgspec.structs.replace(options, kept_ids=model.card.marker_ids if reads.sees_markers else frozenset()),
+        reads=reads,
+        chose_function=use.named,
         num_samples=request.n or 1,
         seeded=request.seed is not None,
         stream=bool(request.stream),

@@ -9,19 +9,13 @@ from gateway.api.formats import TextFormat
 from gateway.api.requests import ChatCompletionRequest, CompletionRequest, StreamOptions
 from gateway.errors import InvalidRequest
 
-_CHAT_FIELDS = ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options")
+_CHAT_FIELDS = ("audio", "prediction", "verbosity", "web_search_options")
 
 
 def check_chat(request: ChatCompletionRequest) -> None:
     """Raises: InvalidRequest."""
-    if request.tools:
-        raise _refused("tools")
     if request.functions:
         raise _refused("functions")
-    if request.tool_choice not in (None, "none", "auto"):
-        raise InvalidRequest(
-            "'tool_choice' is only allowed when 'tools' are given.", param="tool_choice", code="invalid_value"
-        )
     if request.function_call not in (None, "none", "auto"):
         raise _refused("function_call")
     if request.modalities not in (None, ["text"]):

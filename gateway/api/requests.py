@@ -16,6 +16,7 @@ from msgspec import Meta
 from fleet.types import Pooling
 from gateway.api.formats import Choices, GrammarText, JsonInput, Pattern, ResponseFormat, StructuredOutputs
 
+MAX_TOOLS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -29,6 +30,7 @@ Metadata = Annotated[
 ]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 CacheSalt = Annotated[str, Meta(max_length=256)]
+FunctionName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -136,6 +138,21 @@ class CalledFunction(_Body):
     arguments: str
 
 
+class FunctionTool(_Body):
+    """A function that the model may call. `parameters` is the JSON schema of its arguments."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body, tag="function", tag_field="type"):
+    """An entry of `tools`. OpenAI's `custom` tools do not exist here."""
+
+    function: FunctionTool
+
+
 class ToolCall(_Body):
     """A call that an earlier answer made."""
 
@@ -182,7 +199,7 @@ class ChatCompletionRequest(_Sampling, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
@@ -227,6 +244,7 @@ class TokenizeRequest(_Body):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

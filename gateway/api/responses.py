@@ -14,6 +14,12 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """`reasoning_tokens` of the output came before the answer proper."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Token counts of one request; prompts count once each, whatever `n` is."""
 
@@ -21,6 +27,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TopTokenLogprob(msgspec.Struct):
@@ -32,7 +39,7 @@ class TopTokenLogprob(msgspec.Struct):
 
 
 class ChatTokenLogprob(msgspec.Struct):
-    """A chosen token. `bytes` is what it contributed to the content: they join to it."""
+    """A chosen token. `bytes` is what it contributed to the text: they join to it, reasoning and calls included."""
 
     token: str
     logprob: float
@@ -47,12 +54,30 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
-class AnswerMessage(msgspec.Struct):
-    """The assistant's message."""
+class AnsweredFunction(msgspec.Struct):
+    """What a call calls. `arguments` is JSON text."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class AnsweredCall(msgspec.Struct):
+    """A call that the model makes."""
+
+    id: str
+    function: AnsweredFunction
+    type: Literal["function"] = "function"
+
+
+class AnswerMessage(msgspec.Struct):
+    """The assistant's message. `reasoning` is the newer name of `reasoning_content`; clients read either."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[AnsweredCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):

@@ -1,8 +1,8 @@
 r"""The forms in which models write calls of functions.
 
 - `hermes` (Hermes 2 Pro and later, Qwen 2.5, Qwen3): `<tool_call>{"name": …, "arguments": {…}}</tool_call>`
-- `llama3` (Llama 3.1 to 3.3): `{"name": …, "parameters": {…}}`, at the start or after `<|python_tag|>`, several with `;`
-  between
+- `llama3` (Llama 3.1 to 3.3): `{"name": …, "parameters": {…}}`, at the start or after `<|python_tag|>`, several with
+  `;` between
 - `mistral` (Mistral, Ministral): `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`, newer `[TOOL_CALLS]name[ARGS]{…}`
 
 A call counts from where its function's name is known to be one on offer and its arguments begin. What does not get

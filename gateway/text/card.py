@@ -11,7 +11,7 @@ import msgspec
 from gateway.errors import CardError
 from gateway.text.control_marks import ControlMarks
 from gateway.text.detokenizer import DetokenizerFactory
-from gateway.text.message_syntax import AUTO, MessageSyntax, SyntaxChoice
+from gateway.text.message_syntax import AUTO, THINK_END, MessageSyntax, SyntaxChoice
 from gateway.text.template import ChatTemplate, pick_template
 from gateway.text.tokenizer import TextTokenizer
 
@@ -41,6 +41,7 @@ class ModelCard:
         template: None if the model has none (chat is then refused).
         eos_ids: ids that end an answer, from `generation_config.json`, `config.json` and the tokenizer.
         syntax: how the model writes calls of functions and reasoning.
+        think_end_id: id of `</think>` where that is one token of a model that thinks.
         marker_ids: ids of the syntax's markers that are special tokens.
         vocab_size: ids from 0 up to it exist in the model, though not all may have text.
         hidden_size: numbers in an embedding; None if `config.json` does not say.
@@ -70,6 +71,7 @@ class ModelCard:
         self.digest = digest
         self.syntax = syntax
         ids = {tokenizer.id_of(marker) for marker in syntax.markers}
+        self.think_end_id = tokenizer.id_of(THINK_END) if syntax.thinks else None
         self.marker_ids = frozenset(one for one in ids if one in tokenizer.special_ids)
 
     @classmethod

@@ -43,22 +43,27 @@ class ReadOptions(msgspec.Struct, frozen=True, kw_only=True):
     thinking: bool = False
     hidden_markers: Collection[str] = ()
 
+    @property
+    def sees_markers(self) -> bool:
+        """Whether anything but content is looked for."""
+        return self.calls is not None or self.thinks
+
 
 class MessageReader:
     """State of one output.
 
     Attributes:
         num_calls: calls begun so far.
-        is_thinking: the text is within the reasoning.
+        has_thought: there is reasoning, over or not.
     """
 
     def __init__(self, options: ReadOptions) -> None:
         self._options = options
         self._box = Inbox()
         self._events: list[MessageEvent] = []
-        self._passes = options.calls is None and not options.thinks
+        self._passes = not options.sees_markers
         self._num_begun = 0
-        self.is_thinking = options.thinks and options.thinking
+        self.has_thought = options.thinks and options.thinking
         self._steps = self._message()
         next(self._steps)
 
@@ -99,13 +104,12 @@ class MessageReader:
             box.drop(start + len(THINK))
         elif not self._options.thinking:
             return
-        self.is_thinking = True
+        self.has_thought = True
         box.drop((yield from box.skip_space(0)))
         gap = yield from call_syntax.text_until(box, THINK_END, self._think)
         if gap is None:
             return
         box.drop(gap + len(THINK_END))
-        self.is_thinking = False
         box.drop((yield from box.skip_space(0)))
 
     def _drain(self) -> list[MessageEvent]:

@@ -25,10 +25,12 @@ class MessageSyntax(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         calls: the form of its calls; None if it makes none or in a form that is unknown here.
+        names_first: its Mistral calls are of the newer form, with the name before `[ARGS]`.
         thinks: it may begin with `<think>…</think>`.
     """
 
     calls: CallFormat | None = None
+    names_first: bool = False
     thinks: bool = False
 
     @property
@@ -58,7 +60,7 @@ class SyntaxChoice(msgspec.Struct, frozen=True, kw_only=True):
         thinks = self.reasoning_format == "think"
         if self.reasoning_format == "auto":
             thinks = THINK in template or THINK_END in template
-        return MessageSyntax(calls=calls, thinks=thinks)
+        return MessageSyntax(calls=calls, names_first=call_syntax.ARGS in template, thinks=thinks)
 
 
 AUTO = SyntaxChoice()

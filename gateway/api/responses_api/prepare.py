@@ -9,10 +9,9 @@ from typing import Any
 import msgspec
 
 from fleet.keys import ApiKey
-from gateway.api.chat_prompt import chat_prompt_ids
 from gateway.api.context import ApiContext
 from gateway.api.jobs import Job
-from gateway.api.prepare import chat_job
+from gateway.api.prepare import chat_job, render_chat
 from gateway.api.requests import ChatCompletionRequest, SamplingFields
 from gateway.api.responses_api import refusals
 from gateway.api.responses_api.conversation import droppable, messages_of
@@ -188,13 +187,7 @@ async def _truncate(
 
 
 async def _prompt_ids(model: ServedModel, chat: ChatCompletionRequest) -> list[int]:
-    return await chat_prompt_ids(
-        model,
-        chat.messages,
-        add_generation_prompt=True,
-        add_special_tokens=False,
-        variables=chat.chat_template_kwargs or {},
-    )
+    return (await render_chat(model, chat))[1].ids
 
 
 def _created(request: CreateResponseRequest, response_id: str, job: Job) -> ResponseObject:

@@ -8,6 +8,8 @@ import msgspec
 
 from gateway.api.decoding import convert_field
 from gateway.api.formats import FlatJsonSchemaFormat, JsonSchemaFormat, NamedSchema, ResponseFormat
+from gateway.api.requests import FunctionTool as ChatFunctionTool
+from gateway.api.requests import Tool
 from gateway.api.responses_api.requests import AllowedTools, FunctionTool, NamedTool, TextSettings
 from gateway.api.responses_api.requests import ToolChoice as Choice
 from gateway.errors import InvalidRequest
@@ -29,7 +31,7 @@ def read_tools(tools: list[Any] | None) -> list[FunctionTool]:
     return read
 
 
-def chat_tools(tools: list[Any] | None, choice: Choice | None) -> list[Any] | None:
+def chat_tools(tools: list[Any] | None, choice: Choice | None) -> list[Tool] | None:
     """`tools` of the chat. Tools that are not allowed are left out. Raises: InvalidRequest."""
     known = read_tools(tools)
     if isinstance(choice, AllowedTools):
@@ -80,9 +82,9 @@ def shown_tools(tools: list[Any] | None) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(tool) for tool in read_tools(tools)]
 
 
-def _chat_tool(tool: FunctionTool) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": tool.name}
-    for name in ("description", "parameters", "strict"):
-        if getattr(tool, name) is not None:
-            function[name] = getattr(tool, name)
-    return {"type": "function", "function": function}
+def _chat_tool(tool: FunctionTool) -> Tool:
+    return Tool(
+        function=ChatFunctionTool(
+            name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
+        )
+    )

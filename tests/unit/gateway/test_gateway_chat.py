@@ -288,9 +288,13 @@ async def test_messages_of_every_role_and_form(client: Client, pipeline: FakePip
 
 
 async def test_template_switches(client: Client, pipeline: FakePipeline) -> None:
-    await ask(client, add_generation_prompt=False, chat_template_kwargs={"enable_thinking": False})
+    await ask(client, add_generation_prompt=False)
     prompt = tiny_card().tokenizer.decode(pipeline.submitted[0]["ids"], skip_special_tokens=False)
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n"
+    switched = {"model": MODEL, "messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}
+    refused = await client.post(PATH, json=switched)  # this template does not read it
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "chat_template_kwargs.enable_thinking"
 
 
 async def test_skip_special_tokens(client: Client, pipeline: FakePipeline) -> None:
