@@ -15,6 +15,7 @@ from engine.step_loop import StepLoop
 from fleet.bus import Bus, BusConfig
 from fleet.departure import Departure
 from fleet.lifecycle import new_peer
+from fleet.process_metrics import watch_process
 from fleet.redis_client import connect
 from fleet.registry import Registry
 from fleet.service_settings import DecodeSettings
@@ -95,6 +96,8 @@ async def _run(
             limits=HandOffLimits(liveness_s=settings.hand_off_liveness_s),
         )
     )
+    metrics.watch_hand_offs(endpoint)
+    watch_process(metrics.registry, bus, prefix="baton_worker")
     bus.on_peer_lost(endpoint.on_peer_lost)
     link = WorkerLink.of(settings, peer=peer, holder=worker, bus=bus, redis=redis, published=opened.files)
     worker.endpoint = mover.endpoint = endpoint

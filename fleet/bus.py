@@ -9,6 +9,7 @@ kernel does; ZMTP heartbeats report a silent one.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -33,7 +34,11 @@ DRAIN_LEN = 64
 LINGER_MS = 300
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1_000
-_WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+LOST_FOR_SILENCES = 2
+"""A peer that cannot be reached for so many times `silence_s` is forgotten: it costs sockets, and its address may be
+another's by then. Whoever still has something to say to it connects anew."""
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _REFUSED
 
 _log = get_logger("bus")
 
@@ -115,6 +120,7 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         self._monitors: dict[str, zmq.asyncio.Socket] = {}
         self._refused_by: set[str] = set()
+        self._away_since_s: dict[str, float] = {}
         self._lost_callbacks: list[Callable[[str], None]] = []
         self._poller = zmq.asyncio.Poller()
         self._wake = asyncio.Event()
@@ -160,6 +166,11 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         sock.setsockopt(zmq.HEARTBEAT_IVL, max(50, silence_ms // 3))
         sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, silence_ms)
 
+    @property
+    def num_peers(self) -> int:
+        """Outgoing connections, those included that are being made."""
+        return len(self._peers)
+
     def on_peer_lost(self, callback: Callable[[str], None]) -> None:
         """Call `callback(address)` when the connection to a peer breaks. It may come back by itself."""
         self._lost_callbacks.append(callback)
@@ -201,6 +212,7 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         sock.connect(address)
         self._peers[address] = sock
         self._monitors[address] = monitor
+        self._away_since_s[address] = time.monotonic()
         self._poller.register(monitor, zmq.POLLIN)
         self._wake.set()
         return sock
@@ -211,6 +223,7 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         if sock is None:
             return
         self._refused_by.discard(address)
+        self._away_since_s.pop(address, None)
         monitor = self._monitors.pop(address)
         self._poller.unregister(monitor)
         sock.disable_monitor()
@@ -241,7 +254,7 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             await asyncio.sleep(0)
 
     async def watch_peers(self) -> None:
-        """Report broken connections until cancelled; a task of the service's group."""
+        """Report broken connections and forget those that stay so; runs until cancelled, in the service's group."""
         while not self._closed:
             if not self._monitors:
                 self._wake.clear()
@@ -249,13 +262,20 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             # A bounded wait, since a monitor that joins while we sleep is not in this poll.
             for monitor, _ in await self._poller.poll(timeout=100):
                 await self._report(monitor)
+            long_ago_s = time.monotonic() - LOST_FOR_SILENCES * self._config.silence_s
+            for address in [a for a, since_s in self._away_since_s.items() if since_s < long_ago_s]:
+                _log.info("peer stays away, forgotten", peer=address)
+                self.forget(address)
 
     async def _report(self, monitor: zmq.asyncio.Socket) -> None:
         address = next((a for a, m in self._monitors.items() if m is monitor), None)
         if address is None:
             return
         event = parse_monitor_message(await monitor.recv_multipart())
-        if event["event"] == zmq.EVENT_DISCONNECTED:
+        if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._away_since_s.pop(address, None)
+        elif event["event"] == zmq.EVENT_DISCONNECTED:
+            self._away_since_s.setdefault(address, time.monotonic())
             self.counters.lost_peers += 1
             _log.info("connection to peer lost", peer=address)
             for callback in self._lost_callbacks:
@@ -275,6 +295,7 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             sock.close(linger=LINGER_MS)
         self._peers.clear()
         self._monitors.clear()
+        self._away_since_s.clear()
         self._inbox.close(linger=0)
         if self._authenticator is not None:
             self._authenticator.stop()

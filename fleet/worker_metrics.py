@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Protocol
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from fleet.hand_off_messages import RefuseReason
 from fleet.types import WorkerLoad
 
 STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 HAND_OFF_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class HandOffView(Protocol):
+    """A worker's hand-offs, as its metrics need to know them."""
+
+    @property
+    def num_giving(self) -> int:
+        """Hand-offs being given."""
+        ...
+
+    @property
+    def num_taking(self) -> int:
+        """Grants that wait for their Commit."""
+        ...
+
+    @property
+    def num_quarantined(self) -> int:
+        """Closed grants whose writer is not known to be done."""
+        ...
+
+    @property
+    def refusals(self) -> Mapping[str, int]:
+        """Refusals sent since start, by reason."""
+        ...
 
 
 class WorkerMetrics:
@@ -46,6 +75,23 @@ class WorkerMetrics:
             "baton_worker_returned", "Requests given back to the gateway", ["reason"], registry=registry
         )
 
+    def watch_hand_offs(self, view: HandOffView) -> None:
+        """Show what hand-offs are open, and what was refused, whenever the registry is collected."""
+        hand_offs = Gauge(
+            "baton_worker_hand_offs_open", "Hand-offs that have not ended, by side", ["side"], registry=self.registry
+        )
+        hand_offs.labels("giving").set_function(lambda: view.num_giving)
+        hand_offs.labels("taking").set_function(lambda: view.num_taking)
+        hand_offs.labels("quarantined").set_function(lambda: view.num_quarantined)
+        refusals = Gauge(
+            "baton_worker_hand_off_refusals",
+            "Offers and Commits refused since start",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in RefuseReason:
+            refusals.labels(reason.value).set_function(partial(_count, view, reason))
+
     def show_load(self, load: WorkerLoad) -> None:
         """Set the gauges from the worker's own count."""
         self.running.set(load.num_running)
@@ -57,3 +103,7 @@ class WorkerMetrics:
         self.pages.labels("free").set(load.free_pages)
         self.pages.labels("cached").set(load.cached_pages)
         self.pages.labels("quarantined").set(load.quarantined_pages)
+
+
+def _count(view: HandOffView, reason: RefuseReason) -> float:
+    return view.refusals.get(reason, 0)

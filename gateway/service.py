@@ -19,6 +19,7 @@ from fleet.logs import get_logger
 from fleet.messages import Goodbye, Heartbeat, Publication
 from fleet.metrics import FleetCollector
 from fleet.model_files import ModelFiles
+from fleet.process_metrics import watch_process
 from fleet.redis_client import UNAVAILABLE, Redis, connect
 from fleet.registry import Registry
 from fleet.request_state import RequestStateWriter
@@ -129,6 +130,7 @@ async def _run(
     directory = Directory(bus=bus, me=me, lease_s=settings.lease_s)
     catalog = Catalog(directory, ModelFiles(redis, namespace=settings.namespace), syntaxes)
     metrics = GatewayMetrics(CollectorRegistry())
+    watch_process(metrics.registry, bus, prefix="baton_gateway")
     metrics.registry.register(FleetCollector(directory.workers))
     table = RequestTable(
         bus=bus,
@@ -196,11 +198,13 @@ async def _run(
             keys.run(),
             states.run(),
             _introduce(registry, directory, me, settings),
+            _greet(directory, settings.heartbeat_s),
             _sweep(directory, table, metrics),
         )
         tasks = [group.create_task(part) for part in parts]
         http = group.create_task(server.serve(sockets=[listener]))
-        _log.info("ready", gateway=me.name, url=f"http://{settings.host}:{listener.getsockname()[1]}")
+        url = f"http://{settings.host}:{listener.getsockname()[1]}"
+        _log.info("ready", gateway=me.name, url=url, address=me.address)
         stopped = group.create_task(stop.wait())
         await asyncio.wait([stopped, http], return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
@@ -213,7 +217,7 @@ async def _run(
 
 
 async def _introduce(registry: Registry, directory: Directory, me: PeerRef, settings: GatewaySettings) -> None:
-    """Keep this gateway in the registry, learn of workers from it, and greet them; Redis may come and go."""
+    """Keep this gateway in the registry and learn of workers from it; Redis may come and go."""
     away = False
     while True:
         try:
@@ -226,8 +230,14 @@ async def _introduce(registry: Registry, directory: Directory, me: PeerRef, sett
             if not away:
                 _log.warning("Redis is away, routing goes on from heartbeats", error=str(error))
             away = True
-        directory.greet()
         await asyncio.sleep(settings.heartbeat_s)
+
+
+async def _greet(directory: Directory, every_s: float) -> None:
+    """Tell all workers that this gateway lives. Never behind Redis: who waits for it counts as silent himself."""
+    while True:
+        directory.greet()
+        await asyncio.sleep(every_s)
 
 
 async def _sweep(directory: Directory, table: RequestTable, metrics: GatewayMetrics) -> None:

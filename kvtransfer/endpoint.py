@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fleet.hand_off_messages import HandOffMessage, Refuse
 from fleet.types import Passport, PeerRef
@@ -123,3 +123,8 @@ class HandOffEndpoint:
     def num_quarantined(self) -> int:
         """Closed grants whose writer is not known to be done."""
         return self._desk.taker.num_quarantined
+
+    @property
+    def refusals(self) -> Mapping[str, int]:
+        """Refusals sent since start, by reason."""
+        return self.stats.refusals_sent

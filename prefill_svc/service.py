@@ -11,6 +11,7 @@ from engine.step_loop import StepLoop
 from fleet.bus import Bus, BusConfig
 from fleet.departure import Departure
 from fleet.lifecycle import new_peer
+from fleet.process_metrics import watch_process
 from fleet.redis_client import connect
 from fleet.service_settings import PrefillSettings
 from fleet.types import PeerRef, Role
@@ -65,7 +66,8 @@ async def _run(
     scheduler = PrefillScheduler(engine.pool, engine.cache, limits)
     transports = build_transports(settings.transport_names, region)
     record = opened.record(peer, Role.PREFILL, fingerprint, host=host_identity(), transports=tuple(transports))
-    worker = PrefillWorker(record=record, engine=engine, scheduler=scheduler, metrics=WorkerMetrics())
+    metrics = WorkerMetrics()
+    worker = PrefillWorker(record=record, engine=engine, scheduler=scheduler, metrics=metrics)
     steps = StepLoop(scheduler, engine.runner, on_step=worker.on_step, on_scheduled=worker.on_scheduled)
     endpoint = HandOffEndpoint(
         EndpointConfig(
@@ -79,6 +81,8 @@ async def _run(
             limits=HandOffLimits(liveness_s=settings.hand_off_liveness_s),
         )
     )
+    metrics.watch_hand_offs(endpoint)
+    watch_process(metrics.registry, bus, prefix="baton_worker")
     bus.on_peer_lost(endpoint.on_peer_lost)
     redis = connect(settings.redis_url)
     link = WorkerLink.of(settings, peer=peer, holder=worker, bus=bus, redis=redis, published=opened.files)

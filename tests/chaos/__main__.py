@@ -1,0 +1,109 @@
+"""`make chaos ARGS="--seed 1 --rounds 20 --faults kill,link"`: exit code 0 only if every promise held."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from support.fleet import Fleet
+from support.redis_server import RedisServer
+
+from chaos.arena import LEASE_S, Arena
+from chaos.faults import Fault, all_faults
+from chaos.report import rows, table, title
+from chaos.rounds import Outcome, Rounds
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="of prompts, faults' order, victims and moments")
+    parser.add_argument("--rounds", type=int, default=20, help="times that each fault is tried")
+    parser.add_argument("--faults", default="", help="only those whose title contains one of these, comma-separated")
+    parser.add_argument("--streams", type=int, default=16, help="live streams in each round")
+    parser.add_argument("--tokens", type=int, default=160, help="output tokens of each")
+    parser.add_argument("--storm", type=int, default=500, help="requests of an abort storm")
+    parser.add_argument("--transports", default="shm,tcp", help="hand-off transports, best first")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no round after so many seconds")
+    parser.add_argument("--logs", type=Path, help="existing directory that keeps the services' logs")
+    parser.add_argument("--json", type=Path, help="file for the whole record")
+    return parser.parse_args(arguments)
+
+
+def chosen(wanted: str) -> list[Fault]:
+    """Faults by parts of their titles; all for an empty wish."""
+    parts = [part.strip().lower() for part in wanted.split(",") if part.strip()]
+    faults = all_faults()
+    if not parts:
+        return faults
+    return [fault for fault in faults if any(part in title(Outcome(fault, "")).lower() for part in parts)]
+
+
+async def play(
+    arena: Arena, options: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """All rounds, the faults of each in an order of their own, so that a run cut short has tried all alike."""
+    rounds = Rounds(
+        arena, num_streams=options.streams, max_tokens=options.tokens, num_storm=options.storm, seed=options.seed
+    )
+    await rounds.learn()
+    before = arena.figures()
+    faults, order, outcomes = chosen(options.faults), random.Random(options.seed), list[Outcome]()
+    began_s = time.monotonic()
+    for number in range(options.rounds):
+        for fault in order.sample(faults, len(faults)):
+            if time.monotonic() - began_s > options.budget_s:
+                break
+            outcome = await rounds.play(fault)
+            outcomes.append(outcome)
+            problems = [*outcome.wrong, *outcome.leaks.others]
+            say(
+                f"{number + 1:3} {title(outcome):35} {outcome.finished}/{outcome.streams - outcome.excused} finished, "
+                f"{outcome.hit} hit, {outcome.took_s:.1f} s {'; '.join(problems)}"
+            )
+    ordered = sorted(outcomes, key=lambda o: [title(Outcome(fault, "")) for fault in faults].index(title(o)))
+    return ordered, {"before": before, "after": arena.figures()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; 1 if a promise was broken."""
+    options = parse(arguments)
+    with (
+        tempfile.TemporaryDirectory(prefix="baton-chaos-") as scratch,
+        RedisServer(Path(scratch)) as redis,
+        Fleet(redis, options.logs or Path(scratch), namespace="chaos") as fleet,
+    ):
+        fleet.settings = {
+            "lease_s": str(LEASE_S),
+            "hand_off_liveness_s": str(LEASE_S),
+            "transports": options.transports,
+            "log_format": "json",
+        }
+        with Arena(fleet, options.seed) as arena:
+            outcomes, figures = asyncio.run(play(arena, options, lambda line: print(line, flush=True)))
+            fleet.stop_all()
+            tracebacks = arena.tracebacks()
+    records = rows(outcomes)
+    broken = [f"{record['fault']}, {what}" for record in records for what in record["broken promises"]]
+    broken += [f"{name} logged an exception" for name in tracebacks]
+    machine = {"cores": os.cpu_count(), "load": os.getloadavg(), "memory_gib": psutil.virtual_memory().total >> 30}
+    print(f"\n{table(records)}\n\n{json.dumps({'machine': machine, 'fleet': figures})}")
+    print("\n".join(["broken promises:", *broken] if broken else ["every promise held"]))
+    if options.json is not None:
+        record = {"options": vars(options), "machine": machine, "fleet": figures, "rows": records, "broken": broken}
+        options.json.write_text(json.dumps(record, indent=2, default=str), encoding="utf-8")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""One round: streams run, a fault strikes, all streams end as they would have, and nothing has leaked."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass, field
+from itertools import cycle
+
+import httpx
+
+from chaos.arena import Arena, Leaks
+from chaos.faults import Fault, storm
+from chaos.streams import Answer, Ask, Judge, ask, asks
+
+NUM_PROBES = 8
+PROBE_TOKENS = 24
+RECOVERY_S = 2.0
+
+
+@dataclass
+class Outcome:
+    """What one round came to.
+
+    Attributes:
+        hit: streams that ran when the fault struck, on the broken gateway only those of the other one.
+        finished: of all streams that had to end well, how many did.
+        pauses_s: of each stream that was hit, the longest gap after the strike.
+        excused: streams of a gateway that was killed.
+        throughput: tokens per second right after the round, over those of the undisturbed fleet.
+    """
+
+    fault: Fault
+    victim: str
+    streams: int = 0
+    hit: int = 0
+    finished: int = 0
+    excused: int = 0
+    lost: int = 0
+    repeated: int = 0
+    pauses_s: list[float] = field(default_factory=list)
+    replays: float = 0.0
+    migrations: float = 0.0
+    throughput: float = 0.0
+    leaks: Leaks = field(default_factory=Leaks)
+    wrong: list[str] = field(default_factory=list)
+    took_s: float = 0.0
+
+
+@dataclass
+class _Running:
+    asked: Ask
+    gateway: str
+    task: asyncio.Task[Answer]
+
+
+class Rounds:
+    """Plays rounds against an arena, with the same requests each time."""
+
+    def __init__(self, arena: Arena, *, num_streams: int, max_tokens: int, num_storm: int, seed: int) -> None:
+        self._arena = arena
+        self._asks = asks(num_streams, seed=seed, max_tokens=max_tokens)
+        self._num_storm = num_storm
+        self._judge: Judge
+        self._normal_tokens_per_s = 0.0
+
+    async def learn(self) -> None:
+        """Hear what each request is answered while nothing happens, and how fast."""
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
+            url = next(iter(self._arena.urls.values()))
+            first = [await ask(client, url, asked) for asked in self._asks if asked.stops]
+            stopping = iter(first)
+            self._asks = [asked.stopping_in(next(stopping).texts[0]) if asked.stops else asked for asked in self._asks]
+            answers = await asyncio.gather(*(ask(client, url, asked) for asked in self._asks))
+            for asked, answer in zip(self._asks, answers, strict=True):
+                if answer.error:
+                    raise RuntimeError(f"undisturbed request {asked.number}: {answer.error}")
+            self._judge = Judge({asked.number: answer for asked, answer in zip(self._asks, answers, strict=True)})
+            self._normal_tokens_per_s = max([await self._probe(client) for _ in range(3)])
+
+    async def _probe(self, client: httpx.AsyncClient) -> float:
+        """Tokens per second of a few short requests at once."""
+        began_s = time.monotonic()
+        urls = cycle(self._arena.urls.values())
+        bodies = [
+            Ask(
+                n,
+                "/v1/completions",
+                {"model": "demo", "prompt": f"Probe {n}", "max_tokens": PROBE_TOKENS, "ignore_eos": True},
+            )
+            for n in range(NUM_PROBES)
+        ]
+        await asyncio.gather(*(ask(client, next(urls), body) for body in bodies))
+        return NUM_PROBES * PROBE_TOKENS / (time.monotonic() - began_s)
+
+    async def play(self, fault: Fault) -> Outcome:
+        """One round of a fault."""
+        arena, began_s = self._arena, time.monotonic()
+        victim = arena.pick(fault.role) if fault.role else ""
+        outcome = Outcome(fault, victim, streams=len(self._asks))
+        replays, migrations = arena.total("baton_replays_total"), arena.total("baton_migrations_total")
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
+            struck_s, running = await self._disturb(client, fault, victim)
+            answers = [await one.task for one in running]
+            self._judge_all(outcome, running, answers, struck_s)
+            await asyncio.to_thread(fault.mend, arena, victim)
+            if not fault.breaks_gateway:
+                outcome.replays = arena.total("baton_replays_total") - replays
+                outcome.migrations = arena.total("baton_migrations_total") - migrations
+            await asyncio.to_thread(arena.await_whole)
+            outcome.throughput = await self._recovered(client)
+        outcome.leaks = await asyncio.to_thread(arena.take_stock)
+        outcome.took_s = time.monotonic() - began_s
+        return outcome
+
+    async def _disturb(self, client: httpx.AsyncClient, fault: Fault, victim: str) -> tuple[float, list[_Running]]:
+        """Start streams, strike among them; returns when it struck."""
+        arena = self._arena
+        gateways = cycle(sorted(arena.urls.items()))
+        chunks = asyncio.Semaphore(0)
+
+        def start(asked: Ask) -> _Running:
+            gateway, url = next(gateways)
+            return _Running(asked, gateway, asyncio.create_task(ask(client, url, asked, seen=chunks.release)))
+
+        num_early = len(self._asks) - math.floor(len(self._asks) * fault.late)
+        running = [start(asked) for asked in self._asks[:num_early]]
+        # A prefill worker is hit while prompts are under way, others in the middle of the streams.
+        most = 1 if fault.role == "prefill" else num_early * 30
+        for _ in range(arena.luck.randint(1, 4 * most)):
+            if all(one.task.done() for one in running):
+                break
+            taking = asyncio.ensure_future(chunks.acquire())
+            await asyncio.wait([taking, *(one.task for one in running)], return_when=asyncio.FIRST_COMPLETED)
+            taking.cancel()
+        struck_s = time.monotonic()
+        striking = asyncio.create_task(asyncio.to_thread(fault.strike, arena, victim))
+        if fault.storms:
+            await storm(client, arena, self._asks, self._num_storm)
+        if fault.late:
+            await asyncio.sleep(0.3)
+            running += [start(asked) for asked in self._asks[num_early:]]
+        await striking
+        return struck_s, running
+
+    def _judge_all(self, outcome: Outcome, running: list[_Running], answers: list[Answer], struck_s: float) -> None:
+        for one, answer in zip(running, answers, strict=True):
+            if outcome.fault.breaks_gateway and one.gateway == outcome.victim and answer.error:
+                outcome.excused += 1
+                continue
+            if not one.asked.streamed or (answer.times_s and answer.times_s[-1] >= struck_s):
+                outcome.hit += 1
+                if one.asked.streamed:
+                    outcome.pauses_s.append(answer.longest_gap_s(struck_s))
+            lost, repeated = (0, 0) if answer.error else self._judge.differences(one.asked, answer)
+            outcome.lost += lost
+            outcome.repeated += repeated
+            if answer.error or lost or repeated:
+                outcome.wrong.append(f"request {one.asked.number}: {answer.error or f'-{lost} +{repeated} tokens'}")
+            else:
+                outcome.finished += 1
+
+    async def _recovered(self, client: httpx.AsyncClient) -> float:
+        """The best throughput within `RECOVERY_S`, over the normal one."""
+        best, deadline_s = 0.0, time.monotonic() + RECOVERY_S
+        while best < 0.9 and time.monotonic() < deadline_s:
+            best = max(best, await self._probe(client) / self._normal_tokens_per_s)
+        return best
