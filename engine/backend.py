@@ -9,13 +9,14 @@ Letters: T tokens of the step, Hq query heads, Hkv key/value heads, D head_dim, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from engine.attention import attend
-from engine.inputs import AttentionInputs, StepInputs
+from engine.inputs import AttentionInputs, InputShape, StepInputs, TableRow, gather_plan
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
 
@@ -44,8 +45,11 @@ class Backend(Protocol):
             inputs: names the slots.
         """
 
+    def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> object:
+        """Turn a step's rows into what `attention` reads, once per step and window; what that is, only it knows."""
+
     def attention(
-        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs
+        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: object
     ) -> torch.Tensor:
         """Causal attention of each token over its own sequence, this step's tokens included.
 
@@ -53,7 +57,7 @@ class Backend(Protocol):
             queries: [T, Hq, D], rotated.
             keys_values: [T, 2, Hkv, D], as already written to pages.
             layer: [N, 2, Hkv, P, D].
-            inputs: rows and page tables for this layer's window.
+            inputs: what `plan_attention` made of the step's rows for this layer's window.
 
         Returns:
             [T, Hq * D].
@@ -88,8 +92,13 @@ class TorchBackend:
         """One scatter over both."""
         layer[inputs.page_ids, :, :, inputs.offsets] = keys_values
 
+    def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> object:
+        """Groups and chunks, see `engine.inputs`."""
+        return gather_plan(rows, window, shape)
+
     def attention(
-        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs
+        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: object
     ) -> torch.Tensor:
         """See `engine.attention`."""
+        assert isinstance(inputs, AttentionInputs)  # noqa: S101 - made by `plan_attention` of this very backend
         return attend(queries, keys_values, layer, inputs)

@@ -5,6 +5,7 @@ Letters: T tokens of the step, P page_size, B rows of a decode group, n pages of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ class StepInputs:
         rope_lengths: [T] int64, the length that a token's rotary base follows: the prompt's for a token of the
             prompt, else the length that ends with the token.
         page_ids, offsets: [T] int64, the slot that takes each token's keys and values.
-        attention: by window.
+        attention: by window, what the backend's `plan_attention` made of the rows.
         sampled_tokens: [R] int64, index among T of the last token of each sampling row.
     """
 
@@ -94,7 +95,7 @@ class StepInputs:
     rope_lengths: torch.Tensor
     page_ids: torch.Tensor
     offsets: torch.Tensor
-    attention: dict[int | None, AttentionInputs]
+    attention: dict[int | None, object]
     sampled_tokens: torch.Tensor
 
 
@@ -108,7 +109,24 @@ class InputShape:
     device: torch.device
 
 
-def build_inputs(rows: Many[Row], shape: InputShape) -> StepInputs:
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One row as attention sees it: `count` tokens from position `start` on, the first of them `begin` among T.
+
+    `table` holds the pages that cover the row's tokens, earlier ones included: int64, from position 0 on.
+    """
+
+    begin: int
+    start: int
+    count: int
+    table: np.ndarray
+
+
+PlanAttention = Callable[[Many[TableRow], int | None, InputShape], object]
+"""Turns a step's rows into what one backend's attention reads, for one window."""
+
+
+def build_inputs(rows: Many[Row], shape: InputShape, plan_attention: PlanAttention) -> StepInputs:
     """Translate rows in order.
 
     Requires: at least one row, counts of at least 1, page tables that cover `start + count` tokens (`row_error` says).
@@ -124,13 +142,17 @@ def build_inputs(rows: Many[Row], shape: InputShape) -> StepInputs:
     ]
     prompt_lens = np.repeat([row.sequence.prompt_len for row in rows], counts)
     sampling = np.array([row.sample for row in rows])
+    table_rows = [
+        TableRow(int(begin), row.start, row.count, table)
+        for begin, row, table in zip(begins, rows, tables, strict=True)
+    ]
     return StepInputs(
         token_ids=_tensor(token_ids, shape),
         positions=_tensor(positions, shape),
         rope_lengths=_tensor(np.maximum(prompt_lens, positions + 1), shape),
         page_ids=_tensor(np.concatenate(pages), shape),
         offsets=_tensor(positions % shape.page_size, shape),
-        attention={window: _attention_inputs(rows, tables, begins.tolist(), window, shape) for window in shape.windows},
+        attention={window: plan_attention(table_rows, window, shape) for window in shape.windows},
         sampled_tokens=_tensor(ends[sampling] - 1, shape),
     )
 
@@ -151,13 +173,12 @@ def row_error(row: Row, *, vocab_size: int, page_size: int, num_pages: int) -> s
     return None
 
 
-def _attention_inputs(
-    rows: Many[Row], tables: list[np.ndarray], begins: list[int], window: int | None, shape: InputShape
-) -> AttentionInputs:
-    """Single tokens into groups, longer rows into chunks."""
+def gather_plan(rows: Many[TableRow], window: int | None, shape: InputShape) -> AttentionInputs:
+    """Single tokens into groups, longer rows into chunks: what attention by gathered copies reads."""
     chunks: list[Chunk] = []
     singles: list[_Single] = []
-    for row, table, begin in zip(rows, tables, begins, strict=True):
+    for row in rows:
+        table, begin = row.table, row.begin
         end_position = row.start + row.count
         first_seen = 0 if window is None else max(0, row.start + 1 - window)
         first_page = first_seen // shape.page_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def load_model(directory: Path, dtype: str = "auto", device: str = "cpu") -> Loa
     with Checkpoint(directory) as checkpoint:
         check_tensors(config, checkpoint)
         resolved = resolve_dtype(dtype, stored_dtype(checkpoint), target)
-        loader = _Loader(config, checkpoint, resolved, target, _backend(resolved, target))
+        loader = _Loader(config, checkpoint, resolved, target, _backend(config, resolved, target))
         transformer = loader.transformer()
     return LoadedModel(
         config=config,
@@ -99,8 +100,14 @@ def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torc
     return stored if any(able.get(name) for name in fast[stored]) else torch.float32
 
 
-def _backend(dtype: torch.dtype, device: torch.device) -> Backend:
-    """The fastest backend that gives the specified results here."""
+def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+    """The fastest backend that gives the specified results here. Raises: UnsupportedModel."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise UnsupportedModel("a CUDA device needs Triton: pip install 'baton-serve[gpu]'")
+        from engine.kernel_backend import KernelBackend
+
+        return KernelBackend(group=config.num_heads // config.num_kv_heads, device=device)
     return PackedBackend() if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()
 
 

@@ -63,7 +63,7 @@ class ModelRunner:
         if not good:
             return StepOutput(tuple(results))
         rows = [plan.rows[at] for at in good]
-        inputs = build_inputs(rows, self._input_shape)
+        inputs = build_inputs(rows, self._input_shape, self._model.transformer.backend.plan_attention)
         built_s = time.perf_counter()
         scored: dict[int, ScoredPrompt] = {}
         if any(needs_hidden_states(row) for row in rows):
@@ -124,7 +124,9 @@ class ModelRunner:
 
         For uses that need vectors and not tokens. Requires: every row is sound.
         """
-        return self._model.transformer.hidden_states(build_inputs(plan.rows, self._input_shape), self._pool)
+        transformer = self._model.transformer
+        inputs = build_inputs(plan.rows, self._input_shape, transformer.backend.plan_attention)
+        return transformer.hidden_states(inputs, self._pool)
 
     def _row_error(self, row: Row) -> str | None:
         return row_error(

@@ -12,7 +12,7 @@ from kernel_kit import assert_close, poisoned_pool
 from support.engine_driver import make_sequence
 
 from engine.attention import attend
-from engine.inputs import InputShape, build_inputs
+from engine.inputs import InputShape, build_inputs, gather_plan
 from engine.kernels.decode_plan import DecodePlan, plan_decode
 from engine.kernels.paged_decode_attention import paged_decode_attention, paged_decode_attention_twin
 from engine.kernels.paged_prefill_attention import (
@@ -165,7 +165,7 @@ def test_both_equal_the_attention_of_the_cpu(window: int | None, device: torch.d
         sequence.page_table.extend(tables[row, : -(-length // 4)].tolist())
         rows.append(Row(sequence, length - count, count, sample=False))
     shape = InputShape(page_size=4, windows=(window,), layer_token_bytes=256, device=device)
-    inputs = build_inputs(rows, shape)
+    inputs = build_inputs(rows, shape, gather_plan)
     keys_values = layer[inputs.page_ids, :, :, inputs.offsets]
     queries = torch.randn(14, 4, 16, device=device)
     expected = attend(queries, keys_values, layer, inputs.attention[window]).view(14, 4, 16)

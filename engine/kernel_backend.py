@@ -1,0 +1,83 @@
+"""Operations by Triton kernels: what a CUDA device computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.backend import TorchBackend
+from engine.inputs import InputShape, TableRow
+from engine.kernels.decode_plan import DecodePlan, plan_decode
+from engine.kernels.paged_decode_attention import paged_decode_attention
+from engine.kernels.paged_prefill_attention import PrefillPlan, paged_prefill_attention, plan_prefill
+from engine.kernels.rms_norm import rms_norm
+from engine.kernels.silu_mul import silu_mul
+
+_PROGRAMS_PER_PROCESSOR = 2
+_INTERPRETED_PROGRAMS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention:
+    """A step's attention for one window, as the kernels want it. Letters as in `engine.kernels`.
+
+    Attributes:
+        tables: [B, n] int32, pages of each row from its first one on.
+        plan: of the decode kernel where every row has one new token, else of the prefill kernel.
+    """
+
+    tables: torch.Tensor
+    plan: DecodePlan | PrefillPlan
+
+
+class KernelBackend(TorchBackend):
+    """`TorchBackend` with norms, activation and attention in Triton; matrices stay cuBLAS's.
+
+    Args:
+        group: query heads that share a key head.
+        device: where it runs; a CPU under Triton's interpreter.
+    """
+
+    def __init__(self, *, group: int, device: torch.device) -> None:
+        self._group = group
+        self._num_programs = _INTERPRETED_PROGRAMS
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            self._num_programs = _PROGRAMS_PER_PROCESSOR * properties.multi_processor_count
+
+    def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """One pass over memory."""
+        return rms_norm(hidden, weight, eps)
+
+    def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """One pass over memory; leaves its argument alone."""
+        return silu_mul(gate_up)
+
+    def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> PagedAttention:
+        """Whole page tables as one tensor, and the work shared out among programs."""
+        tables = np.zeros((len(rows), max(len(row.table) for row in rows)), dtype=np.int32)
+        for at, row in enumerate(rows):
+            tables[at, : len(row.table)] = row.table
+        plan: DecodePlan | PrefillPlan
+        if all(row.count == 1 for row in rows):
+            lengths = [row.start + 1 for row in rows]
+            plan = plan_decode(lengths, window=window, num_programs=self._num_programs, device=shape.device)
+        else:
+            counts, starts = [row.count for row in rows], [row.start for row in rows]
+            plan = plan_prefill(counts, starts, group=self._group, window=window, device=shape.device)
+        return PagedAttention(torch.from_numpy(tables).to(shape.device), plan)
+
+    def attention(
+        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: object
+    ) -> torch.Tensor:
+        """From the pages alone, this step's tokens included."""
+        del keys_values
+        assert isinstance(inputs, PagedAttention)  # noqa: S101 - made by `plan_attention` of this very backend
+        if isinstance(inputs.plan, DecodePlan):
+            attended = paged_decode_attention(queries, layer, inputs.tables, inputs.plan)
+        else:
+            attended = paged_prefill_attention(queries, layer, inputs.tables, inputs.plan)
+        return attended.flatten(1)

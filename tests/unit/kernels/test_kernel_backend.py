@@ -1,0 +1,59 @@
+"""Whole models on the kernel backend beside plain torch: chunked prefill, decode and both in one step."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import VOCAB_SIZE, make_checkpoint
+from support.engine_driver import Driver
+
+from engine.inputs import build_inputs
+from engine.kernel_backend import KernelBackend, PagedAttention
+from engine.kernels.decode_plan import DecodePlan
+from engine.kernels.paged_prefill_attention import PrefillPlan
+from engine.plan import Row
+
+TOLERANCE = 1e-4  # as against transformers
+
+
+def with_kernels(directory: Path) -> Driver:
+    """A driver whose model computes by kernels."""
+    driver = Driver(directory)
+    config = driver.model.config
+    backend = KernelBackend(group=config.num_heads // config.num_kv_heads, device=driver.model.device)
+    object.__setattr__(driver.model.transformer, "backend", backend)
+    return driver
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "mistral-window", "llama3"])
+def test_a_model_computes_the_same_by_kernels(variant: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / variant, variant)
+    draw = random.Random(11)
+    prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in (11, 1, 18)]
+    drivers = (Driver(directory), with_kernels(directory))
+    outputs = []
+    for driver in drivers:
+        sequences = [driver.admit(prompt, room=6) for prompt in prompts]
+        outputs.append(driver.generate(sequences, 3, max_chunk=8))
+    assert outputs[0] == outputs[1]
+    plain, by_kernels = (driver.logits([Row(driver.admit(prompts[2]), 0, 18, sample=False)]) for driver in drivers)
+    difference = float((plain - by_kernels).abs().max())
+    print(f"{variant}: largest logit difference {difference:.3g}")
+    assert difference < TOLERANCE
+
+
+def test_a_step_of_single_tokens_takes_the_decode_kernel(tmp_path: Path) -> None:
+    driver = with_kernels(make_checkpoint(tmp_path / "qwen3", "qwen3"))
+    backend, shape = driver.model.transformer.backend, driver.runner._input_shape
+    one, two = driver.admit([1, 2, 3]), driver.admit([4, 5])
+    single = build_inputs([Row(one, 2, 1, sample=True), Row(two, 1, 1, sample=True)], shape, backend.plan_attention)
+    mixed = build_inputs([Row(one, 0, 3, sample=True), Row(two, 1, 1, sample=True)], shape, backend.plan_attention)
+    plans = [inputs.attention[None] for inputs in (single, mixed)]
+    assert all(isinstance(plan, PagedAttention) for plan in plans)
+    decode, prefill = (plan.plan for plan in plans if isinstance(plan, PagedAttention))
+    assert isinstance(decode, DecodePlan)
+    assert isinstance(prefill, PrefillPlan)
+    assert torch.equal(plans[0].tables[:, :1], torch.tensor([one.page_table[:1], two.page_table[:1]]).int())  # type: ignore[attr-defined]
