@@ -20,6 +20,7 @@ class DecodeBank:
 
     Args:
         scheduler: owns the pages.
+        on_reserved: told of each sequence that may come here.
         on_adopted: told of each sequence that starts here.
         on_rejected: told of each that was handed off but cannot start, and why.
     """
@@ -28,10 +29,12 @@ class DecodeBank:
         self,
         scheduler: DecodeScheduler,
         *,
+        on_reserved: Callable[[Passport], None],
         on_adopted: Callable[[EngineSequence], None],
         on_rejected: Callable[[Passport, EngineError], None],
     ) -> None:
         self._scheduler = scheduler
+        self._on_reserved = on_reserved
         self._on_adopted = on_adopted
         self._on_rejected = on_rejected
         self._open: dict[int, reservations.Reservation] = {}
@@ -46,6 +49,7 @@ class DecodeBank:
         if made is None:
             return None
         self._open[made.generation] = made
+        self._on_reserved(passport)
         return Reservation(made.generation, len(made.held_page_ids), made.new_page_ids)
 
     def adopt(self, reservation: Reservation, passport: Passport, num_computed_tokens: int) -> None:

@@ -89,7 +89,12 @@ async def _run(
             peer=peer,
             region=region,
             fingerprint=fingerprint,
-            bank=DecodeBank(scheduler, on_adopted=worker.on_adopted, on_rejected=worker.on_rejected),
+            bank=DecodeBank(
+                scheduler,
+                on_reserved=lambda passport: engine.grammars.prepare(passport.params.grammar),
+                on_adopted=worker.on_adopted,
+                on_rejected=worker.on_rejected,
+            ),
             transports=transports,
             send=bus.send,
             events=worker,
@@ -114,6 +119,7 @@ async def _run(
             close_hand_offs=lambda: endpoint.close(CLOSE_HAND_OFFS_S),
         )
     finally:
+        engine.grammars.close()
         for transport in transports.values():
             transport.close()
         await redis.aclose()

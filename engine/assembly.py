@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.grammar.desk import GrammarDesk
 from engine.hub import resolve_model
 from engine.kv_pool import allocate_pool, kv_page_bytes, pool_over
 from engine.load import LoadedModel, load_model
@@ -42,6 +43,7 @@ class Engine:
     pool: PagePool
     cache: PrefixCache
     runner: ModelRunner
+    grammars: GrammarDesk
 
     def load(self, *, num_running: int, num_waiting: int, waiting_tokens: int = 0) -> WorkerLoad:
         """The worker's figures as heartbeats carry them."""
@@ -129,7 +131,10 @@ class OpenModel:
         # Under dynamic rope the keys of a long prompt depend on its length, so equal tokens are not equal pages.
         reusable = not config.rotation_salt(plan.max_model_len)
         cache = PrefixCache(pool, fingerprint, enabled=self.settings.prefix_cache and reusable)
-        return Engine(plan.page_bytes, pool, cache, ModelRunner(self.model, tensor, plan.page_size))
+        grammars = GrammarDesk(self.files[1], config.vocab_size)
+        grammars.warm()
+        runner = ModelRunner(self.model, tensor, plan.page_size, grammars)
+        return Engine(plan.page_bytes, pool, cache, runner, grammars)
 
 
 def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenModel:

@@ -7,6 +7,8 @@ BatonError
     ├── AlreadyFinished         the passport that arrived needs no further token
     ├── DuplicateSequence       this request is here already under the same epoch
     ├── ReservationMismatch     what arrived does not fit the pages that were reserved for it
+    ├── VocabularyUnusable      grammars cannot be enforced with this model's tokenizer
+    ├── GrammarRejected         a grammar does not compile, or an output does not follow it
     ├── StepOutOfOrder          schedule and commit did not alternate
     └── BrokenInvariant         our own mistake: the page accounts or a plan contradict themselves
 
@@ -53,6 +55,14 @@ class DuplicateSequence(EngineError):
 
 class ReservationMismatch(EngineError):
     """A passport or token count does not fit the reservation. The reservation stays open."""
+
+
+class VocabularyUnusable(EngineError):
+    """Grammars cannot be enforced with this model's tokenizer. The message says why."""
+
+
+class GrammarRejected(EngineError):
+    """A grammar does not compile, outgrows its limits, or is not followed by an output. The message says why."""
 
 
 class StepOutOfOrder(EngineError):

@@ -37,10 +37,19 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A chosen token; `logprob` only if the sequence asked for it."""
+    """A chosen token; `logprob` only if the sequence asked for it. `ends`: its grammar allows nothing after it."""
 
     token_id: int
     logprob: TokenLogprob | None = None
+    ends: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """This row's output matches its grammar as it is and nothing longer does, so no token was chosen.
+
+    So it happens when a worker dies between the token that ended an output and its last message.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,7 @@ class Failed:
     message: str
 
 
-Result = Sampled | Pooled | Failed
+Result = Sampled | Complete | Pooled | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ class StepOutput:
 
     Attributes:
         sampled: as long as the plan's rows; None where a row has nothing to give, `Failed` where it must end with an
-            error, `Pooled` where its sequence is to become a vector.
+            error, `Complete` where its output had ended already, `Pooled` where its sequence is to become a vector.
         scored: by index of the row, where a sequence asked for log-probabilities of its prompt.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.plan import Failed, Pooled, Result, Row, Sampled, ScoredPrompt
+from engine.plan import Complete, Failed, Pooled, Result, Row, Sampled, ScoredPrompt
 from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
 from engine.stopping import finish_reason
@@ -20,7 +20,8 @@ class RowProgress:
         new_pages: indexes into the sequence's page table of pages that this step filled. The first row of a
             sequence begins with its cached pages, so `new_pages.stop` always says how many leading pages are
             final. Of no use once `finish` is set, since the page table is empty then.
-        sampled: the token appended, with its log-probability if asked for; None after an early chunk.
+        sampled: the token appended, with its log-probability if asked for; None after an early chunk, and where
+            the output was complete already.
         index: output index of that token; where there is none, of the next one.
         finish: why the sequence ended with this row; its pages are released already.
         error: a sentence for the client, exactly when `finish` is `error`.
@@ -63,13 +64,15 @@ def settle(
     index = sequence.num_output_tokens
     first_page = 0 if row.start == sequence.num_cached_tokens else row.start // page_size
     is_whole = row.start + row.count == len(sequence.token_ids)
-    if row.sample and not isinstance(result, Sampled | Failed):
+    if row.sample and not isinstance(result, Sampled | Complete | Failed):
         result = Failed(message="the model step returned no token for this request")
     if is_whole and sequence.passport.pooling is not None and result is None:
         result = Failed(message="the model step returned no vector for this request")
+    nothing = range(first_page, first_page)
     if isinstance(result, Failed):
-        nothing = range(first_page, first_page)
         return RowProgress(sequence, nothing, None, index, FinishReason.ERROR, result.message)
+    if isinstance(result, Complete):
+        return RowProgress(sequence, nothing, None, index, FinishReason.STOP)
 
     sequence.num_computed_tokens = row.start + row.count
     new_pages = range(first_page, sequence.num_computed_tokens // page_size)
@@ -84,6 +87,6 @@ def settle(
         pooled = result if isinstance(result, Pooled) else None
         return RowProgress(sequence, new_pages, None, index, finish, pooled=pooled, scored=scored)
 
-    finish = finish_reason(sequence, result.token_id, max_model_len)
+    finish = FinishReason.STOP if result.ends else finish_reason(sequence, result.token_id, max_model_len)
     sequence.token_ids.append(result.token_id)
     return RowProgress(sequence, new_pages, result, index, finish, scored=scored)

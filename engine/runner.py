@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.grammar.desk import GrammarDesk
 from engine.inputs import InputShape, StepInputs, build_inputs, row_error
 from engine.kv_pool import page_shape
 from engine.load import LoadedModel
@@ -34,12 +35,15 @@ class ModelRunner:
         last_timing: of the latest step, None before the first.
     """
 
-    def __init__(self, model: LoadedModel, pool: torch.Tensor, page_size: int) -> None:
+    def __init__(
+        self, model: LoadedModel, pool: torch.Tensor, page_size: int, grammars: GrammarDesk | None = None
+    ) -> None:
         expected = page_shape(model.config, page_size)
         if tuple(pool.shape[1:]) != expected or pool.dtype != model.dtype:
             raise ValueError(f"pool pages are {list(pool.shape[1:])} {pool.dtype}, not {list(expected)} {model.dtype}")
         self._model = model
         self._pool = pool
+        self._grammars = grammars or GrammarDesk({}, model.config.vocab_size)
         self._page_size = page_size
         self._input_shape = InputShape(
             page_size=page_size,
@@ -63,6 +67,9 @@ class ModelRunner:
         if not good:
             return StepOutput(tuple(results))
         rows = [plan.rows[at] for at in good]
+        sampling = [at for at in good if plan.rows[at].sample]
+        sequences = [plan.rows[at].sequence for at in sampling]
+        masks = self._grammars.begin(sequences)  # made on other threads while the model computes
         inputs = build_inputs(rows, self._input_shape, self._model.transformer.backend.plan_attention)
         built_s = time.perf_counter()
         scored: dict[int, ScoredPrompt] = {}
@@ -71,11 +78,11 @@ class ModelRunner:
         else:
             logits = self.forward(inputs)
         forwarded_s = time.perf_counter()
-        sampling = [at for at in good if plan.rows[at].sample]
         if sampling:
             with torch.inference_mode():
-                chosen = sample(logits, [plan.rows[at].sequence for at in sampling])
-            for at, result in zip(sampling, chosen, strict=True):
+                chosen = sample(logits, sequences, masks)
+            settled = chosen if masks is None else masks.settle(chosen)
+            for at, result in zip(sampling, settled, strict=True):
                 results[at] = result
         self.last_timing = StepTiming(
             inputs_s=built_s - began_s,

@@ -1,9 +1,9 @@
 """Choosing tokens: a pure function of logits, parameters, ids so far and seed.
 
-Order: logit bias, ban of stop ids before `min_tokens`, repetition, presence and frequency penalties, temperature,
-top-k, top-p, min-p, draw. At temperature 0 the likeliest candidate after bias, ban and penalties is taken, the lowest
-id among equals. The noise of a draw is `engine.noise.uniforms(seed, index of the output token)`, so a stream continues
-alike on any worker. A row's result does not depend on the other rows.
+Order: logit bias, ban of stop ids before `min_tokens`, repetition, presence and frequency penalties, grammar masks,
+temperature, top-k, top-p, min-p, draw. At temperature 0 the likeliest candidate after bias, ban, penalties and mask is
+taken, the lowest id among equals. The noise of a draw is `engine.noise.uniforms(seed, index of the output token)`, so a
+stream continues alike on any worker. A row's result does not depend on the other rows.
 
 Letters: R rows, V vocab_size.
 """
@@ -15,6 +15,8 @@ from collections.abc import Sequence as Many
 import torch
 
 from engine.candidates import Cuts, draw
+from engine.grammar.desk import StepMasks
+from engine.grammar.masks import forbid
 from engine.logit_edits import edit_row, needs_edits
 from engine.logprobs import token_logprob
 from engine.noise import as_int64, uniforms
@@ -23,12 +25,13 @@ from engine.sequence import Sequence
 from fleet.types import TokenLogprob
 
 
-def sample(logits: torch.Tensor, sequences: Many[Sequence]) -> list[Sampled | Failed]:
+def sample(logits: torch.Tensor, sequences: Many[Sequence], masks: StepMasks | None = None) -> list[Sampled | Failed]:
     """Choose the next token of each sequence.
 
     Args:
         logits: [R, V] float32, the model's own; mutated.
         sequences: R of them, as they were when the step was planned; not mutated.
+        masks: of the constrained rows; waited for once everything else is ready.
 
     Returns:
         One result per row. A row whose logits are not finite, that has no candidate left, or whose parameters are
@@ -42,6 +45,8 @@ def sample(logits: torch.Tensor, sequences: Many[Sequence]) -> list[Sampled | Fa
                 edit_row(logits[row], sequence.params, sequence.token_ids, sequence.prompt_len)
             except ValueError as error:
                 failed[row] = str(error)
+    if masks is not None:
+        forbid(logits, *masks.wait())
     best_scores, chosen = logits.max(dim=-1)  # NaN wins a maximum, so this finds it too
     for row in torch.nonzero(~torch.isfinite(best_scores)).squeeze(1).tolist():
         failed.setdefault(row, "the model gave no finite score to choose from")

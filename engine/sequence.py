@@ -19,7 +19,7 @@ class Phase(StrEnum):
     DONE = "done"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """Token ids, how far they are computed, and where their pages lie.
 

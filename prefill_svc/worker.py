@@ -125,6 +125,7 @@ class PrefillWorker:
             self._finish(sequence, FinishReason.ERROR, str(error))
         else:
             self._requests[key] = request
+            self._engine.grammars.prepare(passport.params.grammar)
             _log.debug("prompt taken", request_id=key[0], epoch=key[1], num_tokens=len(passport.token_ids))
             self.wake()
 

@@ -11,6 +11,7 @@ from fleet.keys import ApiKey
 from gateway.api import refusals
 from gateway.api.call_grammar import call_grammar
 from gateway.api.chat_prompt import ChatPrompt, chat_prompt
+from gateway.api.constraints import constraint
 from gateway.api.context import ApiContext
 from gateway.api.jobs import Job
 from gateway.api.reasoning import template_variables
@@ -43,7 +44,7 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
     model = api.find_model(request.model, key)
     use, prompt = await render_chat(model, request)
     ids = prompt.ids
-    grammar = await call_grammar(use, model.card, None, thinking=prompt.thinking)
+    grammar = await call_grammar(use, model.card, await constraint(request), thinking=prompt.thinking)
     asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     max_tokens = output_limit(model, num_prompt_tokens=len(ids), max_tokens=asked, param="messages")
     num_top = request.top_logprobs or 0
@@ -103,6 +104,7 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
         )
     add_special_tokens = request.add_special_tokens is not False
     prompts = await text_prompt_ids(model, sources, add_special_tokens=add_special_tokens)
+    grammar = await constraint(request)
     params = [
         sampling_params(
             request,
@@ -110,6 +112,7 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
             max_tokens=_completion_limit(model, len(ids), request.max_tokens),
             num_logprobs=num_logprobs,
             num_prompt_logprobs=request.logprobs if request.echo else None,
+            grammar=grammar,
         )
         for ids in prompts
     ]

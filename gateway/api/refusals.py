@@ -5,7 +5,6 @@ Absent, null and neutral values (`tools: []`, `modalities: ["text"]`) pass.
 
 from __future__ import annotations
 
-from gateway.api.formats import TextFormat
 from gateway.api.requests import ChatCompletionRequest, CompletionRequest, StreamOptions
 from gateway.errors import InvalidRequest
 
@@ -27,7 +26,6 @@ def check_chat(request: ChatCompletionRequest) -> None:
         raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value")
     if request.max_tokens == 0:
         raise InvalidRequest("'max_tokens' must be at least 1.", param="max_tokens", code="invalid_value")
-    check_form(request)
     check_stream_options(request.stream_options, stream=bool(request.stream))
 
 
@@ -44,17 +42,7 @@ def check_completion(request: CompletionRequest) -> None:
         raise InvalidRequest(
             "'max_tokens' must be at least 1 without 'echo'.", param="max_tokens", code="invalid_value"
         )
-    check_form(request)
     check_stream_options(request.stream_options, stream=bool(request.stream))
-
-
-def check_form(request: ChatCompletionRequest | CompletionRequest) -> None:
-    """Raises: InvalidRequest."""
-    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        if getattr(request, name) is not None:
-            raise _refused(name)
-    if request.response_format is not None and not isinstance(request.response_format, TextFormat):
-        raise _refused("response_format")
 
 
 def check_stream_options(options: StreamOptions | None, *, stream: bool) -> None:

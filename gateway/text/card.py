@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from fleet.tokenizer_files import eos_ids, text_config
 from gateway.errors import CardError
 from gateway.text.control_marks import ControlMarks
 from gateway.text.detokenizer import DetokenizerFactory
@@ -97,7 +98,7 @@ class ModelCard:
         return cls(
             tokenizer=tokenizer,
             template=template,
-            eos_ids=_eos_ids(tokenizer, config, generation),
+            eos_ids=eos_ids(tokenizer.backend, tokenizer.special_tokens, config, generation),
             vocab_size=_size(config, "vocab_size") or tokenizer.num_tokens,
             hidden_size=_size(config, "hidden_size"),
             defaults=_defaults(generation),
@@ -115,27 +116,9 @@ def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         raise CardError(f"{name} is not a JSON object: {error}") from error
 
 
-def _eos_ids(tokenizer: TextTokenizer, *configs: Mapping[str, Any]) -> tuple[int, ...]:
-    found: set[int] = set()
-    for config in configs:
-        value = config.get("eos_token_id", _text_config(config).get("eos_token_id"))
-        found.update([value] if isinstance(value, int) else value or [])
-    eos = tokenizer.special_tokens.get("eos_token")
-    eos_id = tokenizer.id_of(eos) if eos is not None else None
-    if eos_id is not None:
-        found.add(eos_id)
-    return tuple(sorted(found))
-
-
 def _size(config: Mapping[str, Any], name: str) -> int | None:
-    size = config.get(name, _text_config(config).get(name))
+    size = config.get(name, text_config(config).get(name))
     return size if isinstance(size, int) else None
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Models that also see or hear keep the language model's part below `text_config`."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else {}
 
 
 def _defaults(generation: Mapping[str, Any]) -> SamplingDefaults:

@@ -12,22 +12,13 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from fleet.tokenizer_files import load_tokenizer, named_special_tokens
 from gateway.errors import CardError
 
 INLINE_ENCODE_CHARS = 8192  # longer texts are encoded on a thread (about 2 ms of the event loop's time)
-
-SPECIAL_TOKEN_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 class TextTokenizer:
@@ -43,14 +34,11 @@ class TextTokenizer:
 
     def __init__(self, tokenizer_json: bytes, tokenizer_config: Mapping[str, Any]) -> None:
         try:
-            self._tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+            self.special_tokens = named_special_tokens(tokenizer_config)
+            self._tokenizer = load_tokenizer(tokenizer_json, self.special_tokens)
             self.decoder_config: dict[str, Any] = json.loads(tokenizer_json).get("decoder") or {}
         except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
             raise CardError(f"tokenizer.json does not load: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.special_tokens = _named_special_tokens(tokenizer_config)
-        self._add_named_tokens()
         self._apply_bos_eos(tokenizer_config)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -132,12 +120,6 @@ class TextTokenizer:
         ids = self._encode("x", add_special_tokens=False)
         return bool(ids) and (self.token(ids[0]) or "").startswith(("▁", "Ġ"))
 
-    def _add_named_tokens(self) -> None:
-        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        missing = [AddedToken(text, special=True) for text in self.special_tokens.values() if text not in known]
-        # Only tokens the vocabulary has already: a new id would lie outside the model's embedding
-        self._tokenizer.add_special_tokens([token for token in missing if self.id_of(token.content) is not None])
-
     def _apply_bos_eos(self, config: Mapping[str, Any]) -> None:
         """An explicit `add_bos_token` or `add_eos_token` replaces the post-processor, as in `transformers` 5."""
         if "add_bos_token" not in config and "add_eos_token" not in config:
@@ -153,14 +135,3 @@ class TextTokenizer:
         self._tokenizer.post_processor = TemplateProcessing(
             single=template, pair=f"{template} $B:1", special_tokens=pairs
         )
-
-
-def _named_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and so on; written as a string, or in older files as an object with `content`."""
-    named: dict[str, str] = {}
-    for name in SPECIAL_TOKEN_NAMES:
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(text, str) and text:
-            named[name] = text
-    return named

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from engine.grammar.desk import GrammarDesk
 from engine.kv_pool import allocate_pool
 from engine.load import LoadedModel, load_model
-from engine.plan import Failed, Row, Sampled, StepPlan
+from engine.plan import Complete, Failed, Row, Sampled, StepPlan
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
+from fleet import model_files
 from fleet.types import Passport, PeerRef, SamplingParams
 
 GATEWAY = PeerRef(name="gateway", incarnation=1, address="tcp://127.0.0.1:1")
@@ -51,7 +53,8 @@ class Driver:
             device=torch.device("cpu"),
         ).fill_(torch.nan)
         self.page_size = page_size
-        self.runner = ModelRunner(self.model, self.pool, page_size)
+        self.grammars = GrammarDesk(model_files.read(directory), self.model.config.vocab_size)
+        self.runner = ModelRunner(self.model, self.pool, page_size, self.grammars)
         self.deck = random.Random(7).sample(range(num_pages), num_pages)
 
     def admit(self, token_ids: Many[int], params: SamplingParams = GREEDY, *, room: int = 0) -> Sequence:
@@ -70,7 +73,7 @@ class Driver:
             row.sequence.num_computed_tokens = row.start + row.count
         return logits
 
-    def step(self, sequences: Many[Sequence], *, max_chunk: int = 1024) -> list[Sampled | Failed | None]:
+    def step(self, sequences: Many[Sequence], *, max_chunk: int = 1024) -> list[Sampled | Complete | Failed | None]:
         """One step of chunked prefill or decode for each sequence; appends what was sampled."""
         rows = []
         for sequence in sequences:
