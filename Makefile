@@ -8,7 +8,7 @@ ARGS ?=
 INSTALLED_BY := pyproject.toml constraints.txt scripts/install scripts/install-torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev up doctor browser test lint compose-test wheels clean
+.PHONY: help install dev up doctor browser test lint chaos compose-test wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: dev browser ## all gates: ruff, mypy, import-linter, pytest
 
 lint: dev ## all gates but the tests
 	@scripts/check lint
+
+chaos: dev ## break a running fleet in every way, 20 times each, and print what its clients felt
+	@PYTHONPATH=tests:. $(VENV)/bin/python -m chaos $(ARGS)
 
 compose-test: dev ## build the image, run the fleet in containers, and kill one under load
 	@$(VENV)/bin/python tests/compose/drive.py $(ARGS)

@@ -1,4 +1,4 @@
-"""`make chaos ARGS="--seed 1 --rounds 20 --faults kill,link"`: exit code 0 only if every promise held."""
+"""`make chaos ARGS="--seed 1 --rounds 5 --faults kill,link"`: exit code 0 only if every promise held."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _COLUMNS = (
 
 def title(outcome: Outcome) -> str:
     """The fault and whom it hit."""
-    return f"{outcome.fault.name}, {outcome.fault.role}" if outcome.fault.role else outcome.fault.name
+    return f"{outcome.fault.name} ({outcome.fault.role})" if outcome.fault.role else outcome.fault.name
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
