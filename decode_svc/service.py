@@ -8,7 +8,7 @@ from decode_svc.bank import DecodeBank
 from decode_svc.mover import Mover
 from decode_svc.peers import Peers
 from decode_svc.worker import DecodeWorker
-from engine.assembly import OpenModel, open_model
+from engine.assembly import OpenModel, open_model, resolve_device
 from engine.decode_scheduler import DecodeScheduler
 from engine.limits import DecodeLimits
 from engine.step_loop import StepLoop
@@ -27,8 +27,9 @@ from kvtransfer.endpoint import EndpointConfig, HandOffEndpoint
 from kvtransfer.host import host_identity
 from kvtransfer.layout import PageLayout
 from kvtransfer.limits import HandOffLimits
-from kvtransfer.region import PoolRegion, shared_room_bytes, sweep_stale
-from kvtransfer.shm import ShmTransport
+from kvtransfer.pool_memory import PoolPlace, Region
+from kvtransfer.region import sweep_stale
+from kvtransfer.transport import Transports
 from kvtransfer.transports import build_transports
 
 CLOSE_HAND_OFFS_S = 2.0
@@ -41,22 +42,28 @@ async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
         BatonError: it cannot start.
     """
     sweep_stale()
-    shared = ShmTransport.name in settings.transport_names
-    ceiling_bytes = shared_room_bytes() if shared else None
-    opened = await asyncio.to_thread(open_model, settings, ceiling_bytes=ceiling_bytes)
+    place = PoolPlace.of(resolve_device(settings.device), settings.transport_names)
+    opened = await asyncio.to_thread(open_model, settings, ceiling_bytes=place.ceiling_bytes)
     plan = opened.plan
-    region = PoolRegion.create(settings.name, num_pages=plan.num_pages, page_bytes=plan.page_bytes, shared=shared)
+    region = place.create(settings.name, num_pages=plan.num_pages, page_bytes=plan.page_bytes)
     try:
         async with Bus(BusConfig.of(settings)) as bus:
             peer = new_peer(name=settings.name, kind="decode", address=bus.address)
-            await _run(settings, stop, opened, region, bus, peer)
+            transports = build_transports(place.transports, region)
+            await _run(settings, stop, opened, region, transports, bus, peer)
     finally:
         region.unlink()
         region.close()
 
 
 async def _run(
-    settings: DecodeSettings, stop: asyncio.Event, opened: OpenModel, region: PoolRegion, bus: Bus, peer: PeerRef
+    settings: DecodeSettings,
+    stop: asyncio.Event,
+    opened: OpenModel,
+    region: Region,
+    transports: Transports,
+    bus: Bus,
+    peer: PeerRef,
 ) -> None:
     fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
     departure = Departure(stop, grace_s=settings.drain_timeout_s)
@@ -68,7 +75,6 @@ async def _run(
         watermark_pages=settings.watermark_pages,
     )
     scheduler = DecodeScheduler(engine.pool, engine.cache, limits)
-    transports = build_transports(settings.transport_names, region)
     record = opened.record(peer, Role.DECODE, fingerprint, host=host_identity(), transports=tuple(transports))
     redis = connect(settings.redis_url)
     registry = Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s)

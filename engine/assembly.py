@@ -108,8 +108,14 @@ class OpenModel:
             started_at_s=time.time(),
         )
 
-    def over(self, memory: memoryview | None, fingerprint: Fingerprint) -> Engine:
-        """Lay pool, prefix cache and runner over `memory` (None: the device's own), which must outlive them."""
+    def over(self, memory: Any, fingerprint: Fingerprint) -> Engine:
+        """Lay pool, prefix cache and runner over `memory`, which must outlive them.
+
+        Args:
+            memory: a writable buffer, an array on the model's CUDA device (`__cuda_array_interface__`), or None for
+                memory of the pool's own.
+            fingerprint: of the pages.
+        """
         config, plan = self.model.config, self.plan
         if memory is None:
             tensor = allocate_pool(
@@ -153,7 +159,7 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
     if settings.threads:
         torch.set_num_threads(settings.threads)
     directory = resolve_model(settings.model)
-    device = _resolve_device(settings.device)
+    device = resolve_device(settings.device)
     loaded = load_model(directory, settings.dtype, device)
     plan = plan_pool(
         page_bytes=kv_page_bytes(loaded.config, settings.page_size, loaded.dtype),
@@ -179,7 +185,8 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
     return OpenModel(settings, loaded, plan, _served_names(settings, directory), (model_files.digest_of(files), files))
 
 
-def _resolve_device(name: str) -> str:
+def resolve_device(name: str) -> str:
+    """What the setting `device` means here: `cpu`, or a CUDA device by name. Raises: SettingsError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):

@@ -27,10 +27,11 @@ def kv_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> in
 
 
 def pool_over(buffer: Any, *, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """The pool tensor over a caller's writable memory (shared memory, an `mmap`), which must outlive it.
+    """The pool tensor over a caller's memory (shared memory, an `mmap`, a GPU's), which must outlive it.
 
     Args:
-        buffer: anything with a writable buffer of at least `num_pages * kv_page_bytes(...)` bytes.
+        buffer: anything with a writable buffer of at least `num_pages * kv_page_bytes(...)` bytes, or as many bytes
+            on a CUDA device (`__cuda_array_interface__`).
         config: of the model.
         num_pages: in the pool.
         page_size: tokens per page.
@@ -39,10 +40,13 @@ def pool_over(buffer: Any, *, config: ModelConfig, num_pages: int, page_size: in
     Raises:
         ValueError: the buffer is too small or read-only.
     """
+    shape = (num_pages, *page_shape(config, page_size))
+    if hasattr(buffer, "__cuda_array_interface__"):
+        # Torch takes the pointer as it is; which device it belongs to is in the pointer itself.
+        return torch.as_tensor(buffer, device="cuda").view(dtype)[: math.prod(shape)].view(shape)
     view = memoryview(buffer)
     if view.readonly:
         raise ValueError("the pool's memory is read-only")
-    shape = (num_pages, *page_shape(config, page_size))
     return torch.frombuffer(view, dtype=dtype, count=math.prod(shape)).view(shape)
 
 

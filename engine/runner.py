@@ -84,6 +84,9 @@ class ModelRunner:
             settled = chosen if masks is None else masks.settle(chosen)
             for at, result in zip(sampling, settled, strict=True):
                 results[at] = result
+        if not sampling and self._model.device.type == "cuda":
+            # Pages are handed off as soon as a step is booked; a step that samples has been waited for already.
+            torch.cuda.synchronize(self._model.device)
         self.last_timing = StepTiming(
             inputs_s=built_s - began_s,
             forward_s=forwarded_s - built_s,

@@ -23,7 +23,9 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
     max_model_len: Annotated[int, Meta(description="longest prompt plus output; 0: the model's own", ge=0)] = 0
     max_num_seqs: Annotated[int, Meta(description="sequences that run at once", ge=1, le=65536)] = 64
     kv_cache_bytes: Annotated[int, Meta(description="bytes for KV pages; 0: sized from memory", ge=0)] = 0
-    transports: Annotated[str, Meta(description="hand-off transports allowed, comma-separated, best first")] = "shm,tcp"
+    transports: Annotated[
+        str, Meta(description="hand-off transports allowed, best first; auto: shm,tcp, on a GPU cuda_ipc,tcp")
+    ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="reuse pages of equal prefixes")] = True
     hand_off_liveness_s: Annotated[
         float, Meta(description="a hand-off peer that is silent this long counts as gone", ge=0.2, le=300)
@@ -44,7 +46,9 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def transport_names(self) -> tuple[str, ...]:
-        """The configured transports, best first."""
+        """The configured transports, best first; empty for those that suit the device."""
+        if self.transports == "auto":
+            return ()
         return tuple(name.strip() for name in self.transports.split(",") if name.strip())
 
 

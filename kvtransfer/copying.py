@@ -1,18 +1,11 @@
-"""Copying bytes without holding the interpreter lock."""
+"""Copying pages into a taker's memory while it allows it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from kvtransfer.errors import GrantRevoked
 from kvtransfer.region import PoolRegion
-
-
-def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """Copy equal runs of bytes. Mutates: target. numpy lets other threads run meanwhile; slicing would not."""
-    np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
 def write_granted(region: PoolRegion, page_ids: Sequence[int], generation: int, pages: Sequence[memoryview]) -> None:
@@ -24,4 +17,4 @@ def write_granted(region: PoolRegion, page_ids: Sequence[int], generation: int, 
     for page_id, page in zip(page_ids, pages, strict=True):
         if region.writer(page_id) != generation:
             raise GrantRevoked(f"page {page_id} is no longer granted to generation {generation}")
-        copy_bytes(region.page(page_id), page)
+        region.store(page_id, page)

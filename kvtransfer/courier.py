@@ -24,7 +24,6 @@ from kvtransfer.actions import (
     TargetRefused,
     Write,
 )
-from kvtransfer.copying import copy_bytes
 from kvtransfer.desk import HandOffDesk
 from kvtransfer.endpoint_config import EndpointConfig
 from kvtransfer.errors import TransferError
@@ -87,7 +86,7 @@ class Courier:
                 self._tell(action)
 
     def _send(self, action: Send) -> None:
-        payload = [self._config.region.page(page_id) for page_id in action.page_ids]
+        payload = [self._config.region.frame(page_id) for page_id in action.page_ids]
         began_s = self._clock()
         if not self._config.send(action.to.address, action.message, payload):
             self.stats.dropped_sends += 1
@@ -148,20 +147,19 @@ class Courier:
         loop = asyncio.get_running_loop()
         while True:
             write = await self._writes.get()
-            pages = [self._config.region.page(page_id) for page_id in write.page_ids]
             transport = self._config.transports[write.grant.transport]
             assert isinstance(transport, DirectTransport), "carried pages are sent"  # noqa: S101  # our own invariant
             began_s = self._clock()
             error: TransferError | None = None
             try:
-                await loop.run_in_executor(threads, transport.write, write.grant, write.first, pages)
+                await loop.run_in_executor(threads, transport.write, write.grant, write.first, write.page_ids)
             except TransferError as caught:
                 error = caught
                 self.stats.broken_writes[type(caught).__name__] += 1
             else:
                 count = self.stats.given[transport.name]
-                count.pages += len(pages)
-                count.bytes += sum(page.nbytes for page in pages)
+                count.pages += len(write.page_ids)
+                count.bytes += len(write.page_ids) * self._config.region.ref.page_bytes
                 count.copy_s += self._clock() - began_s
             self.execute(self._desk.giver.on_written(write.ticket, error, self._clock()))
 
@@ -169,16 +167,14 @@ class Courier:
         loop = asyncio.get_running_loop()
         while True:
             store = await self._stores.get()
-            pages = [self._config.region.page(page_id) for page_id in store.page_ids]
             began_s = self._clock()
-            await loop.run_in_executor(threads, _copy_all, pages, store.frames)
+            await loop.run_in_executor(threads, self._store_all, store)
             count = self.stats.taken[store.transport]
-            count.pages += len(pages)
-            count.bytes += sum(page.nbytes for page in pages)
+            count.pages += len(store.page_ids)
+            count.bytes += len(store.page_ids) * self._config.region.ref.page_bytes
             count.copy_s += self._clock() - began_s
             self.execute(self._desk.taker.on_stored(store.ticket, self._clock()))
 
-
-def _copy_all(targets: Sequence[memoryview], sources: Sequence[memoryview]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        copy_bytes(target, source)
+    def _store_all(self, store: Store) -> None:
+        for page_id, frame in zip(store.page_ids, store.frames, strict=True):
+            self._config.region.store(page_id, frame)

@@ -15,8 +15,8 @@ from kvtransfer.giver import Giver
 from kvtransfer.host import ProcessWatch, ProcProcessWatch, host_identity, own_process
 from kvtransfer.limits import HandOffLimits
 from kvtransfer.outgoing_book import GiverConfig
+from kvtransfer.pool_memory import Region
 from kvtransfer.pulse import Pulse
-from kvtransfer.region import PoolRegion
 from kvtransfer.taker import Taker, TakerConfig
 from kvtransfer.transport import DirectTransport, Transports
 
@@ -44,7 +44,7 @@ class EndpointConfig:
     """
 
     peer: PeerRef
-    region: PoolRegion
+    region: Region
     fingerprint: Fingerprint
     bank: PageBank | None
     transports: Transports

@@ -25,6 +25,7 @@ class LoopbackTransport:
 
     def __init__(self, peer: PeerRef, region: PoolRegion, directory: dict[PeerRef, PoolRegion]) -> None:
         self._peer = peer
+        self._region = region
         self._directory = directory
         directory[peer] = region
 
@@ -32,12 +33,13 @@ class LoopbackTransport:
         """Only from the same process."""
         return offer.host == host_identity() and offer.pid == own_process().pid
 
-    def write(self, grant: Grant, first: int, pages: Sequence[memoryview]) -> None:
+    def write(self, grant: Grant, first: int, page_ids: Sequence[int]) -> None:
         """See `DirectTransport.write`."""
-        region = self._directory.get(grant.taker)
-        if region is None:
+        taker = self._directory.get(grant.taker)
+        if taker is None:
             raise TransportUnavailable(f"{grant.taker.name} has no pages in this process")
-        write_granted(region, grant.page_ids[first : first + len(pages)], grant.generation, pages)
+        targets = grant.page_ids[first : first + len(page_ids)]
+        write_granted(taker, targets, grant.generation, [self._region.page(page_id) for page_id in page_ids])
 
     def forget(self, peer: PeerRef) -> None:
         """Nothing is mapped per peer."""

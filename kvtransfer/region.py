@@ -117,6 +117,14 @@ class PoolRegion:
         start = page_id * self.ref.page_bytes
         return self._pages[start : start + self.ref.page_bytes]
 
+    def frame(self, page_id: int) -> memoryview:
+        """One page as bytes to be carried; not a copy."""
+        return self.page(page_id)
+
+    def store(self, page_id: int, data: memoryview) -> None:
+        """Write one page. numpy lets other threads run meanwhile; slicing would not."""
+        np.copyto(np.frombuffer(self.page(page_id), dtype=np.uint8), np.frombuffer(data, dtype=np.uint8))
+
     def open_pages(self, page_ids: Iterable[int], generation: int) -> None:
         """Let the giver of grant `generation` write these pages. Mutates: their generation words."""
         for page_id in page_ids:

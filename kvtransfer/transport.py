@@ -5,7 +5,7 @@
 | `loopback.py` | `loopback` | within one process, giver writes the taker's region | for tests and single-process use |
 | `shm.py` | `shm` | giver maps the taker's region by name and writes it | here |
 | `tcp.py` | `tcp` | as payload frames of the bus; the taker copies | here |
-| `cuda_ipc.py` | `cuda-ipc` | giver opens the taker's device pool by IPC handle | has its place here, not built |
+| `cuda_ipc.py` | `cuda_ipc` | giver opens the taker's device pool by IPC handle | here; no GPU has run it yet |
 | `nixl.py` | `nixl` | giver writes registered memory by RDMA | has its place here, not built |
 
 There are two kinds. A *direct* transport lets the giver write the taker's memory: after a revoked grant the pages stay
@@ -41,8 +41,10 @@ class Transport(Protocol):
 class DirectTransport(Transport, Protocol):
     """The giver writes straight into the taker's memory."""
 
-    def write(self, grant: Grant, first: int, pages: Sequence[memoryview]) -> None:
-        """Write pages `first`, `first + 1`, … of the grant; on return all bytes are there. Runs on a transfer thread.
+    def write(self, grant: Grant, first: int, page_ids: Sequence[int]) -> None:
+        """Copy these pages of this process to pages `first`, `first + 1`, … of the grant; on return they are there.
+
+        Runs on a transfer thread.
 
         Raises:
             GrantRevoked: the taker closed the grant.

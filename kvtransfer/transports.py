@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.device_region import DeviceRegion
 from kvtransfer.errors import TransportUnavailable
+from kvtransfer.pool_memory import Region
 from kvtransfer.region import PoolRegion
 from kvtransfer.shm import ShmTransport
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import Transport, Transports
 
-CONFIGURABLE = ("shm", "tcp")
+CONFIGURABLE = ("cuda_ipc", "shm", "tcp")
 """Names that settings may list. `loopback` is wired by hand where one process holds both sides."""
 
 
-def build_transports(names: Sequence[str], region: PoolRegion) -> Transports:
+def build_transports(names: Sequence[str], region: Region) -> Transports:
     """The transports of a worker, best first.
 
     Raises:
@@ -25,7 +28,13 @@ def build_transports(names: Sequence[str], region: PoolRegion) -> Transports:
     built: dict[str, Transport] = {}
     for name in names:
         if name == ShmTransport.name:
+            if not isinstance(region, PoolRegion):
+                raise TransportUnavailable("the shm transport is configured, but the pages are in GPU memory")
             built[name] = ShmTransport(region)
+        elif name == CudaIpcTransport.name:
+            if not isinstance(region, DeviceRegion):
+                raise TransportUnavailable("the cuda_ipc transport is configured, but the pages are not in GPU memory")
+            built[name] = CudaIpcTransport(region)
         elif name == TcpTransport.name:
             built[name] = TcpTransport()
         else:

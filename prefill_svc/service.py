@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from engine.assembly import OpenModel, open_model
+from engine.assembly import OpenModel, open_model, resolve_device
 from engine.limits import PrefillLimits
 from engine.prefill_scheduler import PrefillScheduler
 from engine.step_loop import StepLoop
@@ -22,8 +22,9 @@ from kvtransfer.endpoint import EndpointConfig, HandOffEndpoint
 from kvtransfer.host import host_identity
 from kvtransfer.layout import PageLayout
 from kvtransfer.limits import HandOffLimits
-from kvtransfer.region import PoolRegion, shared_room_bytes, sweep_stale
-from kvtransfer.shm import ShmTransport
+from kvtransfer.pool_memory import PoolPlace, Region
+from kvtransfer.region import sweep_stale
+from kvtransfer.transport import Transports
 from kvtransfer.transports import build_transports
 from prefill_svc.worker import PrefillWorker
 
@@ -37,22 +38,28 @@ async def serve(settings: PrefillSettings, stop: asyncio.Event) -> None:
         BatonError: it cannot start.
     """
     sweep_stale()
-    shared = ShmTransport.name in settings.transport_names
-    ceiling_bytes = shared_room_bytes() if shared else None
-    opened = await asyncio.to_thread(open_model, settings, ceiling_bytes=ceiling_bytes)
+    place = PoolPlace.of(resolve_device(settings.device), settings.transport_names)
+    opened = await asyncio.to_thread(open_model, settings, ceiling_bytes=place.ceiling_bytes)
     plan = opened.plan
-    region = PoolRegion.create(settings.name, num_pages=plan.num_pages, page_bytes=plan.page_bytes, shared=shared)
+    region = place.create(settings.name, num_pages=plan.num_pages, page_bytes=plan.page_bytes)
     try:
         async with Bus(BusConfig.of(settings)) as bus:
             peer = new_peer(name=settings.name, kind="prefill", address=bus.address)
-            await _run(settings, stop, opened, region, bus, peer)
+            transports = build_transports(place.transports, region)
+            await _run(settings, stop, opened, region, transports, bus, peer)
     finally:
         region.unlink()
         region.close()
 
 
 async def _run(
-    settings: PrefillSettings, stop: asyncio.Event, opened: OpenModel, region: PoolRegion, bus: Bus, peer: PeerRef
+    settings: PrefillSettings,
+    stop: asyncio.Event,
+    opened: OpenModel,
+    region: Region,
+    transports: Transports,
+    bus: Bus,
+    peer: PeerRef,
 ) -> None:
     fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
     departure = Departure(stop, grace_s=settings.drain_timeout_s)
@@ -64,7 +71,6 @@ async def _run(
         max_num_seqs=settings.max_num_seqs,
     )
     scheduler = PrefillScheduler(engine.pool, engine.cache, limits)
-    transports = build_transports(settings.transport_names, region)
     record = opened.record(peer, Role.PREFILL, fingerprint, host=host_identity(), transports=tuple(transports))
     metrics = WorkerMetrics()
     worker = PrefillWorker(record=record, engine=engine, scheduler=scheduler, metrics=metrics)

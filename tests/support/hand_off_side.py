@@ -13,12 +13,15 @@ import msgspec
 
 from fleet.bus import Bus, BusConfig
 from fleet.types import Fingerprint, Passport, PeerRef, SamplingParams
+from kvtransfer.device_region import DeviceRegion
 from kvtransfer.endpoint import EndpointConfig, HandOffEndpoint
 from kvtransfer.limits import HandOffLimits
 from kvtransfer.loopback import LoopbackTransport
+from kvtransfer.pool_memory import Region
 from kvtransfer.region import PoolRegion
 from kvtransfer.transport import Transport
 from kvtransfer.transports import build_transports
+from support.host_device import HostDevice
 from support.page_bank import FINGERPRINT, PAGE_BYTES, PoolBank
 
 LIMITS = HandOffLimits(liveness_s=0.6, write_bytes=2 * PAGE_BYTES, window_bytes=4 * PAGE_BYTES)
@@ -54,12 +57,16 @@ class Side:
         incarnation: int | None = None,
     ) -> None:
         self.bank = PoolBank(num_pages, fingerprint)
-        self.region = PoolRegion.create(name, num_pages=num_pages, page_bytes=PAGE_BYTES, shared=transport == "shm")
+        self.region: Region = (
+            DeviceRegion.create(name, num_pages=num_pages, page_bytes=PAGE_BYTES, memory=HostDevice())
+            if transport == "cuda_ipc"
+            else PoolRegion.create(name, num_pages=num_pages, page_bytes=PAGE_BYTES, shared=transport == "shm")
+        )
         self.bus = Bus(BusConfig(silence_s=0.6))
         self.peer = PeerRef(name, incarnation or secrets.randbits(62), self.bus.address)
         transports: dict[str, Transport] = (
             {"loopback": LoopbackTransport(self.peer, self.region, directory)}
-            if transport == "loopback"
+            if transport == "loopback" and isinstance(self.region, PoolRegion)
             else dict(build_transports([transport], self.region))
         )
         self.transports = transports
@@ -107,7 +114,7 @@ class Side:
     def fill(self, pages: Sequence[int], seed: int) -> None:
         """Put recognisable bytes into pages."""
         for at, page_id in enumerate(pages):
-            self.region.page(page_id)[:] = bytes((seed * 31 + at * 7 + i) % 251 for i in range(PAGE_BYTES))
+            self.region.store(page_id, memoryview(bytes((seed * 31 + at * 7 + i) % 251 for i in range(PAGE_BYTES))))
 
 
 def passport(request_id: str, num_tokens: int, *, epoch: int = 0) -> Passport:
@@ -167,6 +174,6 @@ class Gift:
     def bytes_at(self, taker: Side, pages: Sequence[int]) -> bool:
         """Whether the taker's pages hold exactly ours."""
         return all(
-            bytes(taker.region.page(theirs)) == bytes(self.giver.region.page(ours))
+            bytes(taker.region.frame(theirs)) == bytes(self.giver.region.frame(ours))
             for ours, theirs in zip(self.pages, pages, strict=True)
         )

@@ -73,8 +73,8 @@ class SimDirect(SimCarried):
 
     name = "shm"
 
-    def write(self, grant: Grant, first: int, pages: Sequence[memoryview]) -> None:
-        raise AssertionError((grant, first, pages))
+    def write(self, grant: Grant, first: int, page_ids: Sequence[int]) -> None:
+        raise AssertionError((grant, first, page_ids))
 
     def forget(self, peer: PeerRef) -> None:
         """Nothing is mapped."""

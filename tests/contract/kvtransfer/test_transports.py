@@ -14,7 +14,7 @@ from fleet.types import PeerRef
 from kvtransfer.actions import FailReason
 from kvtransfer.region import PoolRegion
 
-TRANSPORTS = ("loopback", "shm", "tcp")
+TRANSPORTS = ("loopback", "shm", "cuda_ipc", "tcp")
 
 
 @pytest.fixture(params=TRANSPORTS)

@@ -26,7 +26,7 @@ from kvtransfer.actions import (
     Store,
     Write,
 )
-from kvtransfer.copying import copy_bytes, write_granted
+from kvtransfer.copying import write_granted
 from kvtransfer.desk import HandOffDesk
 from kvtransfer.errors import GrantRevoked, TransferError
 from kvtransfer.giver import Giver
@@ -190,7 +190,7 @@ class World:
     def _copied(self, node: Node, copy: Write | Store) -> list[Action]:
         if isinstance(copy, Store):
             for page_id, frame in zip(copy.page_ids, copy.frames, strict=True):
-                copy_bytes(node.region.page(page_id), frame)
+                node.region.store(page_id, frame)
             return node.desk.taker.on_stored(copy.ticket, self.now_s)
         taker = self.nodes[copy.grant.taker.name]
         pages = [node.region.page(page_id) for page_id in copy.page_ids]

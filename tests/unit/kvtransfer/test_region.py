@@ -208,19 +208,24 @@ def make_grant(region: PoolRegion, *, incarnation: int = 1) -> Grant:
 
 
 def test_the_shm_transport_writes_runs_of_a_grant_and_maps_once_per_life(shared: PoolRegion) -> None:
-    transport = ShmTransport(shared)
+    own = PoolRegion.create("g", num_pages=3, page_bytes=PAGE_BYTES, shared=True)
+    for page_id, letter in enumerate(b"abc"):
+        own.store(page_id, memoryview(bytes([letter]) * PAGE_BYTES))
+    transport = ShmTransport(own)
     grant = make_grant(shared)
     shared.open_pages(grant.page_ids, grant.generation)
-    transport.write(grant, 1, [memoryview(b"b" * PAGE_BYTES)])
+    transport.write(grant, 1, [1])
     shared.unlink()
-    transport.write(grant, 0, [memoryview(b"a" * PAGE_BYTES)])
+    transport.write(grant, 0, [0])
     assert (bytes(shared.page(2)[:1]), bytes(shared.page(0)[:1])) == (b"a", b"b")
     with pytest.raises(TransportUnavailable):
-        transport.write(make_grant(shared, incarnation=2), 0, [memoryview(b"c" * PAGE_BYTES)])
+        transport.write(make_grant(shared, incarnation=2), 0, [2])
     transport.forget(grant.taker)
     with pytest.raises(TransportUnavailable):
-        transport.write(grant, 0, [memoryview(b"c" * PAGE_BYTES)])
+        transport.write(grant, 0, [2])
     transport.close()
+    own.unlink()
+    own.close()
 
 
 def test_a_configured_transport_that_cannot_work_stops_the_start(shared: PoolRegion) -> None:
