@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from baton import drain, keys, up
+from baton import drain, keys, up, usage
 from baton.errors import BAD_SETTINGS_CODE, CommandError, ServiceDied
 from baton.flags import explain_unknown
 from baton.settings import Surroundings, surroundings
@@ -52,7 +52,15 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         "drain", help="ask a worker to move its streams away and leave", allow_abbrev=False
     )
     drain.add_arguments(drain_parser)
-    return parser, {"drain": drain_parser, "up": up_parser, "doctor": doctor_parser, "keys": keys_parser}
+    usage_parser = commands.add_parser("usage", help="print usage per API key, model and hour", allow_abbrev=False)
+    usage.add_arguments(usage_parser)
+    return parser, {
+        "drain": drain_parser,
+        "up": up_parser,
+        "doctor": doctor_parser,
+        "keys": keys_parser,
+        "usage": usage_parser,
+    }
 
 
 def run_doctor(arguments: argparse.Namespace, around: Surroundings, console: Console) -> int:
@@ -74,7 +82,13 @@ def run_doctor(arguments: argparse.Namespace, around: Surroundings, console: Con
     return 0 if diagnosis.can_serve else 1
 
 
-COMMANDS: Mapping[str, Command] = {"up": up.run, "drain": drain.run, "doctor": run_doctor, "keys": keys.run}
+COMMANDS: Mapping[str, Command] = {
+    "up": up.run,
+    "drain": drain.run,
+    "doctor": run_doctor,
+    "keys": keys.run,
+    "usage": usage.run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

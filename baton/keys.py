@@ -30,14 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--rpm", type=_limit, metavar="N", help="requests per minute (default: no limit)")
     create.add_argument("--tpm", type=_limit, metavar="N", help="tokens per minute (default: no limit)")
     create.add_argument("--models", default="", metavar="A,B", help="models it may use (default: all)")
-    create.add_argument("--admin", action="store_true", help="it may look at every request (GET /v1/requests/{id})")
+    create.add_argument("--admin", action="store_true", help="it may look at the requests and the usage of all keys")
     listing = actions.add_parser("list", help="show all keys, without their secrets", allow_abbrev=False)
     revoke = actions.add_parser("revoke", help="delete a key", allow_abbrev=False)
     revoke.add_argument("key_id", help="its id, see `baton keys list`")
     for action in (create, listing, revoke):
-        action.add_argument("--redis-url", metavar="URL", help="default: BATON_REDIS_URL, else the running `baton up`")
-        action.add_argument("--namespace", metavar="TEXT", help="default: BATON_NAMESPACE, else `baton`")
+        add_redis_arguments(action)
         action.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_redis_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which fleet's Redis to work on; for `find_redis`."""
+    parser.add_argument("--redis-url", metavar="URL", help="default: BATON_REDIS_URL, else the running `baton up`")
+    parser.add_argument("--namespace", metavar="TEXT", help="default: BATON_NAMESPACE, else `baton`")
 
 
 def run(arguments: argparse.Namespace, around: Surroundings, console: Console) -> int:

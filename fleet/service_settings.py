@@ -99,6 +99,9 @@ class GatewaySettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_f
     reasoning_format: Annotated[
         str, Meta(description="form of reasoning: auto (from the chat template), none, think; or model=form, …")
     ] = "auto"
+    shared_prefix_cache: Annotated[
+        bool, Meta(description="prefixes cached for one API key serve the others too, whose timing then tells of them")
+    ] = False
     cors_origins: Annotated[
         str, Meta(description="origins that browsers may call from, comma-separated, * for all; empty: none")
     ] = ""

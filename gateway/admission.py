@@ -11,7 +11,6 @@ from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from typing import NamedTuple
 
-from fleet.types import Passport
 from gateway.errors import Overloaded
 from gateway.live import LiveRequest
 from gateway.pace import Pace
@@ -43,29 +42,27 @@ class Admission:
         """Live requests without a first token."""
         return len(self._places)
 
-    def require_room(self, passport: Passport) -> LiveRequest | None:
-        """Whether this request may come in; returns a less urgent one that must leave for it, if any.
+    def require_room(self, model: str, priority: int, num_requests: int) -> list[LiveRequest]:
+        """Whether so many requests may come in together; returns less urgent ones that must leave for them, if any.
 
         Raises:
-            Overloaded: too many wait, or those ahead take too long.
+            Overloaded: too many wait, or those ahead of them take too long.
         """
-        queue, pace = self._queues[passport.model], self._paces[passport.model]
-        num_ahead = bisect_right(queue, passport.priority, key=lambda entry: entry[0].priority)
-        too_many = self.num_queued >= self._max_queued
-        displaced = None
-        if too_many or self._is_late(pace, len(queue)):
-            last = queue[-1][1] if num_ahead < len(queue) else None
-            displaced = last if last is not None and last.epoch == 0 else None
-        if (too_many and displaced is None) or self._is_late(pace, num_ahead):
-            raise self.overloaded(passport, num_ahead)
-        return displaced
+        queue, pace = self._queues[model], self._paces[model]
+        num_ahead = bisect_right(queue, priority, key=lambda entry: entry[0].priority)
+        num_missing = max(0, self.num_queued + num_requests - self._max_queued)
+        num_leaving = num_requests if self._is_late(pace, len(queue)) else num_missing
+        displaceable = [live for _, live in reversed(queue[num_ahead:]) if live.epoch == 0]
+        if len(displaceable) < num_missing or self._is_late(pace, num_ahead):
+            raise self.overloaded(model, num_ahead)
+        return displaceable[:num_leaving]
 
     def _is_late(self, pace: Pace, num_ahead: int) -> bool:
         return 0 < self._max_wait_s < pace.wait_s(num_ahead)
 
-    def overloaded(self, passport: Passport, num_ahead: int | None = None) -> Overloaded:
+    def overloaded(self, model: str, num_ahead: int | None = None) -> Overloaded:
         """The refusal of a request that `num_ahead` others stand before; by default all that wait."""
-        queue, pace = self._queues[passport.model], self._paces[passport.model]
+        queue, pace = self._queues[model], self._paces[model]
         num_ahead = len(queue) if num_ahead is None else num_ahead
         wait_s = pace.retry_after_s(num_ahead)
         return Overloaded(

@@ -1,4 +1,4 @@
-"""Which worker has seen the beginning of a prompt: an approximate map, kept by the gateway from its own choices.
+"""Which worker has seen the beginning of a prompt: approximate maps, kept by the gateway from its own choices.
 
 Prompts are cut into strides; the chain of their hashes up to each stride points to the worker that last got a prompt
 with that beginning. It may be wrong when that worker has evicted the pages; then the prompt is computed, nothing worse.
@@ -6,8 +6,11 @@ with that beginning. It may be wrong when that worker has evicted the pages; the
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+
+from fleet.types import PeerRef
 
 STRIDE_TOKENS = 64
 MAX_ENTRIES = 100_000
@@ -47,3 +50,30 @@ class PrefixAffinity:
             self._seen.move_to_end(name)
         while len(self._seen) > self._max_entries:
             self._seen.popitem(last=False)
+
+
+class Homes:
+    """LRU map from affinities (keys that clients choose, or the samples of one prompt) to worker lives."""
+
+    def __init__(self, *, max_entries: int = MAX_ENTRIES) -> None:
+        self._max_entries = max_entries
+        self._homes: OrderedDict[str, PeerRef] = OrderedDict()
+
+    def of(self, affinity: str) -> PeerRef | None:
+        """Who got the last request of this affinity."""
+        return self._homes.get(affinity)
+
+    def remember(self, affinity: str, worker: PeerRef) -> None:
+        """This worker got one. An empty affinity is none."""
+        if not affinity:
+            return
+        self._homes[affinity] = worker
+        self._homes.move_to_end(affinity)
+        if len(self._homes) > self._max_entries:
+            self._homes.popitem(last=False)
+
+    @staticmethod
+    def rank(affinity: str, worker: PeerRef) -> float:
+        """A number in [0, 1) by which all gateways prefer the same of equally loaded workers (rendezvous hashing)."""
+        digest = hashlib.blake2b(f"{affinity}\0{worker.name}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64

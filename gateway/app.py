@@ -11,22 +11,32 @@ from litestar.di import Provide
 from litestar.middleware import ASGIMiddleware
 from prometheus_client import CollectorRegistry
 
+from fleet.usage import MemoryUsage
 from gateway.api import endpoints, operations
+from gateway.api.answer_headers import add_headers
 from gateway.api.auth import KeyGuard, KeyStore
 from gateway.api.config import ApiConfig
-from gateway.api.context import ApiContext
+from gateway.api.context import ApiContext, UsageLedger
 from gateway.api.documentation import document_bodies, openapi_config
 from gateway.api.embeddings import embeddings
 from gateway.api.http_metrics import HttpMetrics
 from gateway.api.page import page, page_files
 from gateway.api.rate_limit import RateLimiter
 from gateway.api.replies import exception_handlers
-from gateway.api.request_ids import add_request_id
 from gateway.api.request_status import NoStatuses, RequestStatuses, request_status
 from gateway.api.responses_api import endpoints as responses_endpoints
 from gateway.api.responses_api.background import BackgroundRuns
 from gateway.api.responses_api.store import ResponseStore
+from gateway.api.usage import list_usage
 from gateway.pipeline import Pipeline
+
+EXPOSED_HEADERS = [
+    "x-request-id",
+    "retry-after",
+    "x-should-retry",
+    *(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+]
+"""What scripts of other origins may read besides the few headers that browsers always show."""
 
 Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
 
@@ -37,6 +47,7 @@ def create_app(
     *,
     keys: KeyStore | None = None,
     limiter: RateLimiter | None = None,
+    usage: UsageLedger | None = None,
     registry: CollectorRegistry | None = None,
     statuses: RequestStatuses | None = None,
     responses: ResponseStore | None = None,
@@ -50,11 +61,12 @@ def create_app(
         keys: where API keys are known and whether they are needed; None: open to all.
         limiter: counts per-key quotas; in this process alone by default.
         responses: where responses are kept; None: nowhere, and none runs in the background.
+        usage: counts what keys use; in this process alone by default.
         registry: shown on `/metrics`, and given the HTTP figures. A fresh one by default.
         statuses: where requests are remembered; nowhere by default.
         lifespan: entered in order at start, left in reverse at shutdown.
     """
-    context = ApiContext(pipeline, config, limiter or RateLimiter.in_memory())
+    context = ApiContext(pipeline, config, limiter or RateLimiter.in_memory(), usage or MemoryUsage())
     entered = list(lifespan)
     if responses is not None:
         context.responses = responses
@@ -80,6 +92,7 @@ def create_app(
             request_status,
             page,
             page_files(),
+            list_usage,
             operations.live,
             operations.ready,
             operations.metrics,
@@ -92,7 +105,7 @@ def create_app(
         guards=[KeyGuard(keys)],
         middleware=metering,
         exception_handlers=exception_handlers(),
-        before_send=[add_request_id],
+        before_send=[add_headers],
         request_max_body_size=config.max_body_bytes,
         openapi_config=openapi_config(config.version),
         cors_config=_cors(config.cors_origins),
@@ -106,4 +119,9 @@ def create_app(
 def _cors(origins: Sequence[str]) -> CORSConfig | None:
     if not origins:
         return None
-    return CORSConfig(allow_origins=list(origins), expose_headers=["x-request-id", "retry-after"], allow_headers=["*"])
+    return CORSConfig(
+        allow_origins=list(origins),
+        allow_methods=["GET", "HEAD", "POST", "DELETE", "OPTIONS"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )

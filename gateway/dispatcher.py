@@ -43,7 +43,7 @@ class Dispatcher:
         """Dispatch those who wait for this model, in order, while there is room."""
         while not self._stopped and (live := self._room.first(model)) is not None:
             passport = live.next_passport()
-            route = self._router.pick(passport)
+            route = self._router.pick(passport, affinity=live.affinity)
             self._room.mark(model, served=route is not None or self._router.has_route(passport))
             if route is None:
                 return
@@ -58,7 +58,8 @@ class Dispatcher:
         self._holders.follow(live)
         live.touched_s = time.monotonic()
         live.missing_beats = 0
-        for worker in (route.prefill, *route.targets[:1]):
+        self._bookings.book(live.request_id, route.prefill, route.fresh_tokens)
+        for worker in route.targets[:1]:
             self._bookings.book(live.request_id, worker, len(passport.token_ids))
         request = PrefillRequest(passport=passport, targets=[worker.peer for worker in route.targets])
         self._bus.send(route.prefill.peer.address, request)

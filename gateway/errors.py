@@ -14,6 +14,7 @@ BatonError
         ├── UnknownModel           404
         ├── UnknownRequest         404
         ├── NotAllowed             403
+        ├── RequestIdTaken         409
         ├── RateLimited            429
         ├── ClientLeft             499, which nobody reads
         ├── Unavailable            503
@@ -155,6 +156,20 @@ class NotAllowed(ApiError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(
             message, status=403, error_type="permission_error", code="insufficient_permissions", param=param
+        )
+
+
+class RequestIdTaken(ApiError):
+    """409: a request of this id is under way."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"A request with the id {request_id!r} is under way already.",
+            status=409,
+            error_type="invalid_request_error",
+            code="request_id_in_use",
+            param="request_id",
+            headers={"x-should-retry": "false"},
         )
 
 

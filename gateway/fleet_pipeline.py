@@ -26,6 +26,10 @@ class FleetPipeline:
         """The model of this name or alias."""
         return self._catalog.model(name)
 
+    def require_room(self, model: ServedModel, num_sequences: int, *, priority: int) -> None:
+        """See that so many sequences would be admitted now; see the Protocol."""
+        self._table.require_room(model.name, num_sequences, priority=priority)
+
     async def submit(
         self,
         *,
@@ -37,6 +41,7 @@ class FleetPipeline:
         priority: int = 0,
         pooling: Pooling | None = None,
         output_ids: Sequence[int] = (),
+        affinity: str = "",
     ) -> Generation:
         """Admit one sequence and start it; see the Protocol."""
         passport = Passport(
@@ -51,7 +56,7 @@ class FleetPipeline:
             priority=priority,
             pooling=pooling,
         )
-        return self._table.admit(passport)
+        return self._table.admit(passport, affinity=affinity)
 
     def readiness(self) -> Readiness:
         """Worker counts per model."""

@@ -44,6 +44,7 @@ class LiveRequest:
     Attributes:
         passport: as first sent: prompt, parameters, owner, and output if another gateway began it. Epoch and output
             live here, not in it.
+        affinity: see `gateway.router.Router.pick`.
         holders: the workers that matter to it now; one, two at a hand-off, none while it waits.
         moving_for: why it is on its way from one decode worker to another, if it is.
         hops: the workers it has been on.
@@ -54,8 +55,11 @@ class LiveRequest:
         touched_s: monotonic time of the last dispatch or event; stalls are measured from it.
     """
 
-    def __init__(self, passport: Passport, *, on_let_go: Callable[[LiveRequest, FinishReason], None]) -> None:
+    def __init__(
+        self, passport: Passport, *, on_let_go: Callable[[LiveRequest, FinishReason], None], affinity: str = ""
+    ) -> None:
         self.passport = passport
+        self.affinity = affinity
         self.epoch = passport.epoch
         self.stage = Stage.QUEUED
         self.holders: list[PeerRef] = []

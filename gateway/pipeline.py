@@ -131,6 +131,14 @@ class Pipeline(Protocol):
         """The model of this name or alias."""
         ...
 
+    def require_room(self, model: ServedModel, num_sequences: int, *, priority: int) -> None:
+        """See that so many sequences would be admitted now, so that a batch is refused whole before any of it starts.
+
+        Less urgent ones may be pushed out for them.
+        Raises: gateway.errors.Overloaded.
+        """
+        ...
+
     async def submit(
         self,
         *,
@@ -142,8 +150,11 @@ class Pipeline(Protocol):
         priority: int = 0,
         pooling: Pooling | None = None,
         output_ids: Sequence[int] = (),
+        affinity: str = "",
     ) -> Generation:
         """Admit one sequence and start it, or go on after `output_ids`, which another gateway was given.
+
+        Sequences with an equal `affinity` go to one prefill worker, load permitting.
 
         What the generation hands out comes after them; its counts include them.
         Requires: `prompt_ids` not empty, `len(prompt_ids) + params.max_tokens <= model.max_model_len`, `request_id`

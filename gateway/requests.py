@@ -84,7 +84,21 @@ class RequestTable:
         """Live requests without a first token."""
         return self._admission.num_queued
 
-    def admit(self, passport: Passport) -> LiveRequest:
+    def require_room(self, model: str, num_requests: int, *, priority: int) -> None:
+        """See that so many more requests of one kind may come in now; less urgent ones may be pushed out for them.
+
+        Raises:
+            Overloaded: the first token of the first would come too late, or too many wait already.
+        """
+        try:
+            displaced = self._admission.require_room(model, priority, num_requests)
+        except Overloaded:
+            self._metrics.rejected.labels("overloaded").inc(num_requests)
+            raise
+        for live in displaced:
+            self._displace(live)
+
+    def admit(self, passport: Passport, *, affinity: str = "") -> LiveRequest:
         """Take a request in and send it off as soon as there is room; it may push a less urgent one out.
 
         Raises:
@@ -94,14 +108,8 @@ class RequestTable:
         if self._worker_wait_s <= 0 and not self._router.has_route(passport):
             self._metrics.rejected.labels("no_workers").inc()
             raise NoWorkers(f"no worker can serve {passport.model!r} now", retry_after_s=5)
-        try:
-            displaced = self._admission.require_room(passport)
-        except Overloaded:
-            self._metrics.rejected.labels("overloaded").inc()
-            raise
-        if displaced is not None:
-            self._displace(displaced)
-        live = LiveRequest(passport, on_let_go=self._let_go)
+        self.require_room(passport.model, 1, priority=passport.priority)
+        live = LiveRequest(passport, affinity=affinity, on_let_go=self._let_go)
         self._live[live.request_id] = live
         self._admission.enter(live)
         self._metrics.prompt_tokens.labels(passport.model).inc(passport.prompt_len)
@@ -122,7 +130,7 @@ class RequestTable:
     def _displace(self, live: LiveRequest) -> None:
         """A more urgent request takes its place in a full queue."""
         self._metrics.rejected.labels("displaced").inc()
-        refusal = self._admission.overloaded(live.passport)
+        refusal = self._admission.overloaded(live.passport.model)
         self._cancel_on_holders(live)
         live.displaced = True
         self._end(live, FinishReason.ERROR, error=str(refusal), retry_after_s=refusal.retry_after_s)

@@ -26,6 +26,7 @@ from fleet.request_state import RequestStateWriter
 from fleet.request_status import RequestStatusReader
 from fleet.service_settings import GatewaySettings
 from fleet.types import PeerRef
+from fleet.usage import RedisUsage
 from gateway.admission import Admission
 from gateway.api.config import MAX_GENERATIONS, ApiConfig
 from gateway.api.rate_limit import RateLimiter
@@ -127,6 +128,7 @@ async def _run(
     me = new_peer(name=settings.name, kind="gateway", address=bus.address)
     registry = Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s)
     states = RequestStateWriter(redis, namespace=settings.namespace)
+    usage = RedisUsage(redis, namespace=settings.namespace)
     directory = Directory(bus=bus, me=me, lease_s=settings.lease_s)
     catalog = Catalog(directory, ModelFiles(redis, namespace=settings.namespace), syntaxes)
     metrics = GatewayMetrics(CollectorRegistry())
@@ -155,10 +157,12 @@ async def _run(
             max_generations=min(MAX_GENERATIONS, settings.max_queued_requests),
             max_body_bytes=settings.max_body_bytes,
             lease_s=settings.lease_s,
+            shared_prefix_cache=settings.shared_prefix_cache,
             cors_origins=tuple(origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()),
         ),
         keys=keys,
         limiter=RateLimiter.on_redis(redis, namespace=settings.namespace),
+        usage=usage,
         registry=metrics.registry,
         statuses=RequestStatusReader(redis, namespace=settings.namespace),
         responses=ResponseStore(redis, namespace=settings.namespace, ttl_s=settings.response_ttl_s),
@@ -197,6 +201,7 @@ async def _run(
             catalog.run(),
             keys.run(),
             states.run(),
+            usage.run(),
             _introduce(registry, directory, me, settings),
             _greet(directory, settings.heartbeat_s),
             _sweep(directory, table, metrics),
@@ -210,7 +215,7 @@ async def _run(
         server.should_exit = True
         await http
         table.close()
-        await _withdraw(registry, states, me)
+        await _withdraw(registry, states, usage, me)
         for task in (stopped, *tasks):
             task.cancel()
     _log.info("left", gateway=me.name)
@@ -250,11 +255,12 @@ async def _sweep(directory: Directory, table: RequestTable, metrics: GatewayMetr
         metrics.live.set(table.num_live)
 
 
-async def _withdraw(registry: Registry, states: RequestStateWriter, me: PeerRef) -> None:
+async def _withdraw(registry: Registry, states: RequestStateWriter, usage: RedisUsage, me: PeerRef) -> None:
     """Write what is pending and leave the registry, if Redis lets us."""
     try:
         while states.num_pending:
             await states.flush()
+        await usage.flush()
         await registry.withdraw_gateway(me)
     except UNAVAILABLE as error:
         _log.warning("could not withdraw, the lease will run out", error=str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from litestar.types import Receive
 from msgspec import UNSET
 
+from gateway.api.chunks import PLAIN_END, ChunkFrame
 from gateway.api.jobs import Job, Output, Run
 from gateway.api.logprobs import TokenSpeller, chat_logprobs
 from gateway.api.message_parts import MessageParts
@@ -27,7 +28,7 @@ async def plain_chat(run: Run, job: Job, receive: Receive) -> ChatCompletion:
             reasons[output.index] = output.finish_reason(piece.finish)
 
     await run.drive(collect, receive)
-    spell = TokenSpeller(job.model.card)
+    spell = TokenSpeller(job.model.card, as_ids=job.tokens_as_ids)
     choices = [
         ChatChoice(
             index=index,
@@ -47,13 +48,15 @@ async def plain_chat(run: Run, job: Job, receive: Receive) -> ChatCompletion:
         choices=choices,
         usage=run.usage(),
         system_fingerprint=job.fingerprint,
+        service_tier=job.service_tier or UNSET,
+        metadata=job.metadata or UNSET,
         prompt_token_ids=job.prompts[0] if job.return_token_ids else UNSET,
     )
 
 
 async def streamed_chat(run: Run, job: Job, stream: EventStream, receive: Receive) -> None:
     """Write the answer as chunks. Raises: what `Run.drive` raises."""
-    writer = ChatChunks(job)
+    writer = ChatChunks(run, job)
 
     async def write(output: Output, piece: Piece) -> None:
         events = writer.piece(output, piece)
@@ -63,28 +66,22 @@ async def streamed_chat(run: Run, job: Job, stream: EventStream, receive: Receiv
             await stream.send(events)
 
     await run.drive(write, receive)
-    ending = writer.usage(run) if job.include_usage else b""
+    ending = writer.usage() if job.include_usage else b""
     await stream.end(ending + DONE)
 
 
 class ChatChunks:
-    """Writes chunks of one answer; what never changes in them is encoded once.
+    """Writes chunks of one answer.
 
     The first chunk of each choice carries the role, the last one an empty delta and the finish reason.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, run: Run, job: Job) -> None:
         self._job = job
-        self._spell = TokenSpeller(job.model.card)
-        self._head = (
-            b'data: {"id":%b,"object":"chat.completion.chunk","created":%d,"model":%b,"system_fingerprint":%b,'
-            % (json_text(job.completion_id), job.created, json_text(job.model_name), json_text(job.fingerprint))
-        )
-        self._tail = b'],"usage":null}\n\n' if job.include_usage else b"]}\n\n"
-        self._starts = [self._head + b'"choices":[{"index":%d,"delta":{' % index for index in range(job.num_outputs)]
+        self._frame = ChunkFrame(run, job, b"chat.completion.chunk")
+        self._spell = TokenSpeller(job.model.card, as_ids=job.tokens_as_ids)
         # A message of calls has no content; where there may be some, that is not known yet
         self._opening = b'"role":"assistant","content":%b,"refusal":null' % (b"null" if job.reads.calls else b'""')
-        self._plain_end = b'},"logprobs":null,"finish_reason":null}' + self._tail
 
     def openings(self) -> bytes:
         """The first chunks of all choices, in order: clients count on it."""
@@ -92,31 +89,30 @@ class ChatChunks:
         if self._job.return_token_ids:
             prompt = b'"prompt_token_ids":%b,' % json_value(self._job.prompts[0])
         return b"".join(
-            self._head
-            + (b"" if index else prompt)
-            + b'"choices":[{"index":%d,"delta":{%b},"logprobs":null,"finish_reason":null}' % (index, self._opening)
-            + self._tail
+            self._event(index, self._opening, PLAIN_END, beside=b"" if index else prompt)
             for index in range(self._job.num_outputs)
         )
 
     def piece(self, output: Output, piece: Piece) -> bytes:
         """Chunks for a piece of a choice: one for each delta, the first of them with the piece's tokens."""
-        start = self._starts[output.index]
+        index = output.index
         deltas = [delta for event in output.read(piece) if (delta := _delta(event)) is not None]
+        events = b""
         if piece.tokens:
             first, *deltas = deltas or [b""]
-            events = start + first + self._token_end(piece)
-        else:
-            events = b""
-        events += b"".join([start + delta + self._plain_end for delta in deltas])
+            events = self._event(index, first, self._token_end(piece))
+        events += b"".join([self._event(index, delta, PLAIN_END) for delta in deltas])
         if piece.finish is not None:
             reason = output.finish_reason(piece.finish).encode()
-            events += b'%b},"logprobs":null,"finish_reason":"%b"}%b' % (start, reason, self._tail)
+            events += self._event(index, b"", b'"logprobs":null,"finish_reason":"%b"}' % reason)
         return events
 
-    def usage(self, run: Run) -> bytes:
+    def usage(self) -> bytes:
         """The chunk after all others that `include_usage` asks for."""
-        return b'%b"choices":[],"usage":%b}\n\n' % (self._head, json_value(run.usage()))
+        return self._frame.usage()
+
+    def _event(self, index: int, delta: bytes, end: bytes, *, beside: bytes = b"") -> bytes:
+        return self._frame.event(b'{"index":%d,"delta":{%b},%b' % (index, delta, end), beside=beside)
 
     def _token_end(self, piece: Piece) -> bytes:
         job = self._job
@@ -127,7 +123,7 @@ class ChatChunks:
         ids = b""
         if job.return_token_ids:
             ids = b',"token_ids":%b' % json_value([token.token_id for token in piece.tokens])
-        return b'},"logprobs":%b,"finish_reason":null%b}%b' % (logprobs, ids, self._tail)
+        return b'"logprobs":%b,"finish_reason":null%b}' % (logprobs, ids)
 
 
 def _delta(event: MessageEvent) -> bytes | None:

@@ -44,13 +44,15 @@ async def chat_prompt(
     messages: Sequence[ChatMessage],
     *,
     add_generation_prompt: bool,
+    continue_final_message: bool = False,
     add_special_tokens: bool,
     variables: Mapping[str, Any],
     tools: Sequence[dict[str, Any]] = (),
 ) -> ChatPrompt:
     """Render the model's chat template and tokenize.
 
-    `variables` are the client's `chat_template_kwargs`, `tools` declarations of functions in OpenAI's form.
+    `variables` are the client's `chat_template_kwargs`, `tools` declarations of functions in OpenAI's form. With
+    `continue_final_message` the prompt ends with the last message's text instead of a new message's beginning.
     Raises: InvalidRequest naming the field at fault.
     """
     template = model.card.template
@@ -71,7 +73,11 @@ async def chat_prompt(
     shaped = [_as_template_sees(message, place, short_ids=short_ids) for place, message in enumerate(messages)]
     try:
         pieces = template.render(
-            shaped, add_generation_prompt=add_generation_prompt, tools=list(tools) or None, variables=variables
+            shaped,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            tools=list(tools) or None,
+            variables=variables,
         )
     except TemplateError as error:
         raise InvalidRequest(str(error)[:500], param="messages", code="invalid_value") from error

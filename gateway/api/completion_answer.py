@@ -8,6 +8,7 @@ from litestar.types import Receive
 from msgspec import UNSET
 
 from fleet.types import FinishReason
+from gateway.api.chunks import PLAIN_END, ChunkFrame
 from gateway.api.jobs import Job, Output, Run
 from gateway.api.logprobs import TokenSpeller, completion_logprobs, echoed_logprobs
 from gateway.api.responses import Completion, CompletionChoice, CompletionLogprobs
@@ -28,7 +29,7 @@ async def plain_completion(run: Run, job: Job, receive: Receive) -> Completion:
             reasons[output.index] = piece.finish
 
     await run.drive(collect, receive)
-    spell = TokenSpeller(job.model.card)
+    spell = TokenSpeller(job.model.card, as_ids=job.tokens_as_ids)
     choices = [
         CompletionChoice(
             index=place,
@@ -47,6 +48,7 @@ async def plain_completion(run: Run, job: Job, receive: Receive) -> Completion:
         choices=choices,
         usage=run.usage(),
         system_fingerprint=job.fingerprint,
+        service_tier=job.service_tier or UNSET,
     )
 
 
@@ -84,7 +86,7 @@ def _echoed(job: Job, output: Output, spell: TokenSpeller) -> CompletionLogprobs
 
 async def streamed_completion(run: Run, job: Job, stream: EventStream, receive: Receive) -> None:
     """Write the answer as chunks. Raises: what `Run.drive` raises."""
-    writer = CompletionChunks(job)
+    writer = CompletionChunks(run, job)
     opened: set[int] = set()
 
     async def write(output: Output, piece: Piece) -> None:
@@ -104,25 +106,17 @@ async def streamed_completion(run: Run, job: Job, stream: EventStream, receive: 
         done = Piece("", (), FinishReason.LENGTH)
         ending = writer.openings() + b"".join(writer.piece(index, done) for index in range(job.num_outputs))
     if job.include_usage:
-        ending += writer.usage(run)
+        ending += writer.usage()
     await stream.end(ending + DONE)
 
 
 class CompletionChunks:
-    """Writes chunks of one answer; what never changes in them is encoded once."""
+    """Writes chunks of one answer."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, run: Run, job: Job) -> None:
         self._job = job
-        self._spell = TokenSpeller(job.model.card)
-        self._head = b'data: {"id":%b,"object":"text_completion","created":%d,"model":%b,"system_fingerprint":%b,' % (
-            json_text(job.completion_id),
-            job.created,
-            json_text(job.model_name),
-            json_text(job.fingerprint),
-        )
-        self._tail = b'],"usage":null}\n\n' if job.include_usage else b"]}\n\n"
-        self._text = [self._head + b'"choices":[{"index":%d,"text":' % index for index in range(job.num_outputs)]
-        self._plain_end = b',"logprobs":null,"finish_reason":null}' + self._tail
+        self._frame = ChunkFrame(run, job, b"text_completion")
+        self._spell = TokenSpeller(job.model.card, as_ids=job.tokens_as_ids)
 
     def openings(self) -> bytes:
         """First chunks of the choices where there is something to say before output: echo and prompt ids."""
@@ -140,32 +134,23 @@ class CompletionChunks:
         ids = b""
         if job.return_token_ids:
             ids = b',"prompt_token_ids":' + json_value(job.prompts[index // job.num_samples])
-        return b'%b%b,"logprobs":%b,"finish_reason":null%b}%b' % (
-            self._text[index],
-            json_text(_echo(job, index)),
-            logprobs,
-            ids,
-            self._tail,
-        )
+        return self._event(index, _echo(job, index), b'"logprobs":%b,"finish_reason":null%b}' % (logprobs, ids))
 
     def piece(self, index: int, piece: Piece) -> bytes:
         """Chunks for a piece of a choice."""
         events = b""
-        if piece.tokens:
-            events = self._text[index] + json_text(piece.text) + self._token_end(index, piece)
-        elif piece.text:
-            events = self._text[index] + json_text(piece.text) + self._plain_end
+        if piece.tokens or piece.text:
+            events = self._event(index, piece.text, self._token_end(index, piece) if piece.tokens else PLAIN_END)
         if piece.finish is not None:
-            events += b'%b"","logprobs":null,"finish_reason":"%b"}%b' % (
-                self._text[index],
-                piece.finish.value.encode(),
-                self._tail,
-            )
+            events += self._event(index, "", b'"logprobs":null,"finish_reason":"%b"}' % piece.finish.value.encode())
         return events
 
-    def usage(self, run: Run) -> bytes:
+    def usage(self) -> bytes:
         """The chunk after all others that `include_usage` asks for."""
-        return b'%b"choices":[],"usage":%b}\n\n' % (self._head, json_value(run.usage()))
+        return self._frame.usage()
+
+    def _event(self, index: int, text: str, end: bytes) -> bytes:
+        return self._frame.event(b'{"index":%d,"text":%b,%b' % (index, json_text(text), end))
 
     def _token_end(self, index: int, piece: Piece) -> bytes:
         job = self._job
@@ -178,7 +163,7 @@ class CompletionChunks:
         ids = b""
         if job.return_token_ids:
             ids = b',"token_ids":%b' % json_value([token.token_id for token in piece.tokens])
-        return b',"logprobs":%b,"finish_reason":null%b}%b' % (logprobs, ids, self._tail)
+        return b'"logprobs":%b,"finish_reason":null%b}' % (logprobs, ids)
 
 
 def _echo(job: Job, index: int) -> str:

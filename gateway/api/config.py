@@ -16,11 +16,13 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_generations: prompts times `n` that one request may start: no more than a queue has room for, or it would be
             told to come back for ever.
         lease_s: a background response whose gateway is silent so long may be taken over.
+        shared_prefix_cache: prefixes that one API key's requests left in the cache serve other keys' requests too.
         cors_origins: origins that browsers may call from; empty: no CORS headers at all.
     """
 
     version: str = "0"
     max_body_bytes: int = 16 * 2**20
     max_generations: int = MAX_GENERATIONS
+    shared_prefix_cache: bool = False
     cors_origins: tuple[str, ...] = ()
     lease_s: float = 3.0

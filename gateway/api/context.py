@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
 from fleet.keys import ApiKey
+from fleet.usage import Counts, UsageRow
 from gateway.api.auth import STATE_KEY
 from gateway.api.config import ApiConfig
 from gateway.api.rate_limit import RateLimiter
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     from gateway.api.responses_api.store import ResponseStore
 
 
+class UsageLedger(Protocol):
+    """Where usage is counted: `fleet.usage.MemoryUsage` or `RedisUsage`."""
+
+    def add(self, key_id: str, model: str, counts: Counts) -> None:
+        """Count. Never waits."""
+        ...
+
+    async def read(self, from_s: int, to_s: int) -> list[UsageRow]:
+        """Hourly rows. Raises what Redis raises."""
+        ...
+
+
+OwnId = tuple[str | None, str]
+"""An API key's id and a request id that its owner chose."""
+
+
 class ApiContext:
     """Made once by `create_app`.
 
@@ -27,12 +44,14 @@ class ApiContext:
         responses, background: stored responses and those that run on their own; None without Redis.
     """
 
-    def __init__(self, pipeline: Pipeline, config: ApiConfig, limiter: RateLimiter) -> None:
+    def __init__(self, pipeline: Pipeline, config: ApiConfig, limiter: RateLimiter, usage: UsageLedger) -> None:
         self.pipeline = pipeline
         self.config = config
         self.limiter = limiter
         self.responses: ResponseStore | None = None
         self.background: BackgroundRuns | None = None
+        self.usage = usage
+        self.ids_under_way: set[OwnId] = set()
 
     def find_model(self, name: str, key: ApiKey | None) -> ServedModel:
         """The model a client asked for. Raises: UnknownModel, also for one that the key may not use."""

@@ -13,6 +13,8 @@ from litestar import Response, post
 from litestar.types import Receive
 
 from fleet.types import FinishReason, Pooling, SamplingParams
+from fleet.usage import Counts
+from gateway.api.answer_headers import note_headers
 from gateway.api.context import Api, ApiContext, caller_key
 from gateway.api.decoding import read_body
 from gateway.api.documentation import answers, body_of
@@ -20,6 +22,7 @@ from gateway.api.jobs import ClientGone, failure_of, while_client_stays
 from gateway.api.replies import AnyRequest, json_reply
 from gateway.api.requests import EmbeddingRequest
 from gateway.api.responses import Embedding, Embeddings, EmbeddingUsage
+from gateway.api.tenancy import tenant_salt
 from gateway.api.text_prompt import split_prompts, text_prompt_ids
 from gateway.errors import ClientLeft, ContextTooLong, GenerationFailed, InvalidRequest
 from gateway.pipeline import ServedModel
@@ -58,14 +61,17 @@ async def embeddings(request: AnyRequest, api: Api) -> Response[bytes]:
             limit=model.max_model_len, num_prompt_tokens=longest, num_output_tokens=None, param="input"
         )
     num_tokens = sum(map(len, prompts))
-    headers = await api.limiter.admit(key, num_tokens)
-    vectors = await _compute(api, body, model, prompts, request.receive)
+    note_headers(request.scope, await api.limiter.admit(key, num_tokens))
+    key_id = "" if key is None else key.key_id
+    salt = tenant_salt(key_id, body.cache_salt or "", shared=api.config.shared_prefix_cache)
+    vectors = await _compute(api, body, model, prompts, salt, request.receive)
+    api.usage.add(key_id, model.name, Counts(requests=1, prompt_tokens=num_tokens))
     answer = Embeddings(
         data=[Embedding(index, _written(body, vector)) for index, vector in enumerate(vectors)],
         model=body.model,
         usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
     )
-    return json_reply(answer, headers=headers)
+    return json_reply(answer)
 
 
 def _check_dimensions(body: EmbeddingRequest, model: ServedModel) -> None:
@@ -79,7 +85,7 @@ def _check_dimensions(body: EmbeddingRequest, model: ServedModel) -> None:
 
 
 async def _compute(
-    api: ApiContext, body: EmbeddingRequest, model: ServedModel, prompts: list[list[int]], receive: Receive
+    api: ApiContext, body: EmbeddingRequest, model: ServedModel, prompts: list[list[int]], salt: str, receive: Receive
 ) -> list[bytes]:
     """A vector per prompt. Raises: ApiError, ClientLeft, PipelineError; whatever is under way is cancelled then."""
     request_id = f"embd-{uuid.uuid4().hex}"
@@ -93,7 +99,7 @@ async def _compute(
                 prompt_ids=prompts[index],
                 params=SamplingParams(max_tokens=0),
                 request_id=f"{request_id}-{index}" if index else request_id,
-                cache_salt=body.cache_salt or "",
+                cache_salt=salt,
                 priority=body.priority or 0,
                 pooling=body.pooling or Pooling.LAST,
             )

@@ -10,6 +10,7 @@ from litestar import Response, get, post
 from litestar.params import FromPath
 from litestar.types import Receive
 
+from gateway.api.answer_headers import name_request, note_headers
 from gateway.api.chat_answer import plain_chat, streamed_chat
 from gateway.api.chat_prompt import chat_prompt
 from gateway.api.completion_answer import plain_completion, streamed_completion
@@ -18,6 +19,7 @@ from gateway.api.decoding import read_body
 from gateway.api.documentation import answers, body_of
 from gateway.api.jobs import ClientGone, Job, Run
 from gateway.api.prepare import chat_job, completion_job
+from gateway.api.refusals import check_final_message
 from gateway.api.replies import AnyRequest, json_reply
 from gateway.api.requests import (
     ChatCompletionRequest,
@@ -55,15 +57,9 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 )
 async def chat_completions(request: AnyRequest, api: Api) -> Response[bytes]:
     """Apply the model's chat template and generate; with `stream`, as server-sent events."""
-    job = await chat_job(api, await read_body(request, _CHAT), caller_key(request))
-    if job.stream:
-
-        async def produce(stream: EventStream, receive: Receive) -> None:
-            async with Run(api, job) as run:
-                await streamed_chat(run, job, stream, receive)
-
-        return StreamedAnswer(produce, job.headers)
-    return await _plain(api, job, request, plain_chat)
+    body = await read_body(request, _CHAT)
+    name_request(request.scope, body.request_id)
+    return await _answer(api, await chat_job(api, body, caller_key(request)), request, plain_chat, streamed_chat)
 
 
 @post(
@@ -76,15 +72,10 @@ async def chat_completions(request: AnyRequest, api: Api) -> Response[bytes]:
 )
 async def completions(request: AnyRequest, api: Api) -> Response[bytes]:
     """Generate from text or token ids; with `stream`, as server-sent events."""
-    job = await completion_job(api, await read_body(request, _COMPLETION), caller_key(request))
-    if job.stream:
-
-        async def produce(stream: EventStream, receive: Receive) -> None:
-            async with Run(api, job) as run:
-                await streamed_completion(run, job, stream, receive)
-
-        return StreamedAnswer(produce, job.headers)
-    return await _plain(api, job, request, plain_completion)
+    body = await read_body(request, _COMPLETION)
+    name_request(request.scope, body.request_id)
+    job = await completion_job(api, body, caller_key(request))
+    return await _answer(api, job, request, plain_completion, streamed_completion)
 
 
 @get("/v1/models", summary="List models", tags=["OpenAI"], responses=answers(ModelList))
@@ -126,6 +117,7 @@ async def tokenize(request: AnyRequest, api: Api) -> Response[bytes]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt", code="invalid_value")
     model = model_or_only(api, body.model, request)
+    check_final_message(body)
     if body.messages is not None:
         use = tool_use(body.tools, None, parallel=None)
         check_served(use, model)
@@ -133,6 +125,7 @@ async def tokenize(request: AnyRequest, api: Api) -> Response[bytes]:
             model,
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
             add_special_tokens=bool(body.add_special_tokens),
             variables=body.chat_template_kwargs or {},
             tools=use.declared,
@@ -170,15 +163,27 @@ async def detokenize(request: AnyRequest, api: Api) -> Response[bytes]:
 
 
 PlainAnswer = Callable[[Run, Job, Receive], Awaitable[ChatCompletion | Completion]]
+StreamWriter = Callable[[Run, Job, EventStream, Receive], Awaitable[None]]
 
 
-async def _plain(api: ApiContext, job: Job, request: AnyRequest, answer: PlainAnswer) -> Response[bytes]:
+async def _answer(
+    api: ApiContext, job: Job, request: AnyRequest, plain: PlainAnswer, streamed: StreamWriter
+) -> Response[bytes]:
+    """Run a job and answer as its request wants it."""
+    note_headers(request.scope, job.headers)
+    if job.stream:
+
+        async def produce(stream: EventStream, receive: Receive) -> None:
+            async with Run(api, job) as run:
+                await streamed(run, job, stream, receive)
+
+        return StreamedAnswer(produce, {})
     try:
         async with Run(api, job) as run:
-            body = await answer(run, job, request.receive)
+            body = await plain(run, job, request.receive)
     except ClientGone as error:
         raise ClientLeft from error
-    return json_reply(body, headers=job.headers)
+    return json_reply(body)
 
 
 def _entry(name: str, model: ServedModel) -> ModelEntry:

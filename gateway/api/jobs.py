@@ -12,10 +12,11 @@ from msgspec import UNSET
 
 from fleet.keys import ApiKey
 from fleet.types import FinishReason, SamplingParams, TokenLogprob
-from gateway.api.context import ApiContext
+from fleet.usage import Counts
+from gateway.api.context import ApiContext, OwnId
 from gateway.api.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 from gateway.api.sampling import for_sample
-from gateway.errors import ApiError, GenerationFailed, RateLimited, Unavailable
+from gateway.errors import ApiError, GenerationFailed, RateLimited, RequestIdTaken, Unavailable
 from gateway.pipeline import Generation, ServedModel, Tokens
 from gateway.text.assembler import Piece, TextAssembler, TextOptions
 from gateway.text.message_events import MessageEvent
@@ -46,7 +47,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         scores_prompts: log-probabilities of the prompts are wanted.
         generates: false for `max_tokens` 0, where nothing is computed but what `scores_prompts` asks for.
         stream, include_usage, return_token_ids, with_logprobs: of the request.
+        usage_in_chunks: every chunk tells the usage so far.
+        obfuscates: chunks are padded, so that their sizes tell less of the text.
+        tokens_as_ids: log-probabilities name tokens `token_id:5`.
         num_top_logprobs: alternatives per token.
+        cache_salt, priority, affinity: see `gateway.api.tenancy`.
+        service_tier, metadata: repeated in the answer.
+        client_request_id: the caller's own name for it, if it chose one.
         headers: for the answer.
     """
 
@@ -70,11 +77,18 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     generates: bool = True
     stream: bool = False
     include_usage: bool = False
+    usage_in_chunks: bool = False
+    obfuscates: bool = False
+    tokens_as_ids: bool = False
     return_token_ids: bool = False
     with_logprobs: bool = False
     num_top_logprobs: int = 0
     cache_salt: str = ""
     priority: int = 0
+    affinity: str = ""
+    service_tier: str | None = None
+    metadata: dict[str, str] | None = None
+    client_request_id: str | None = None
     key: ApiKey | None = None
     headers: dict[str, str] = {}
 
@@ -182,19 +196,27 @@ def failure_of(tokens: Tokens) -> ApiError:
 class Run:
     """A job with its generations started. Use as `async with Run(api, job) as run: await run.drive(…)`.
 
-    Leaving the block closes every generation, and charges the output to the caller's key.
+    Leaving the block closes every generation, counts its usage, and charges the output to the caller's key.
     """
 
     def __init__(self, api: ApiContext, job: Job) -> None:
         self._api = api
         self._job = job
         self.outputs: list[Output] = []
+        self._own_id: OwnId = (None, "")
 
     async def __aenter__(self) -> Self:
-        """Submit all generations. Raises: PipelineError after closing those already started."""
+        """Submit all generations, or none. Raises: PipelineError; RequestIdTaken.
+
+        Samples of one prompt are sent to one prefill worker, where the first computes it and the others find it.
+        """
         job = self._job
+        num_sequences = job.num_outputs if job.computes else 0
+        self._take_id()
         try:
-            for index in range(job.num_outputs if job.computes else 0):
+            if num_sequences > 1:
+                self._api.pipeline.require_room(job.model, num_sequences, priority=job.priority)
+            for index in range(num_sequences):
                 request_id = f"{job.completion_id}-{index}" if index else job.completion_id
                 self.outputs.append(Output(job, index, await self._submit(index, request_id)))
         except BaseException:
@@ -206,6 +228,9 @@ class Run:
         """Start the generation of one output. Raises: PipelineError."""
         job = self._job
         prompt, sample = divmod(index, job.num_samples)
+        affinity = job.affinity
+        if not affinity and job.num_samples > 1:
+            affinity = f"{job.completion_id}/{prompt}"
         return await self._api.pipeline.submit(
             model=job.model,
             prompt_ids=job.prompts[prompt],
@@ -213,13 +238,21 @@ class Run:
             request_id=request_id,
             cache_salt=job.cache_salt,
             priority=job.priority,
+            affinity=affinity,
         )
 
     async def __aexit__(self, *_: object) -> None:
         """Close all generations."""
         await self._close()
-        num_tokens = sum(output.assembler.num_tokens for output in self.outputs)
-        await self._api.limiter.charge_output(self._job.key, num_tokens)
+        job, usage = self._job, self.usage()
+        counts = Counts(
+            requests=1,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.prompt_tokens_details.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+        )
+        self._api.usage.add("" if job.key is None else job.key.key_id, job.model.name, counts)
+        await self._api.limiter.charge_output(job.key, usage.completion_tokens)
 
     async def drive(self, sink: Sink, receive: Receive) -> None:
         """Run all outputs to their end; `sink` is called for one piece at a time.
@@ -256,8 +289,19 @@ class Run:
         )
 
     async def _close(self) -> None:
+        self._api.ids_under_way.discard(self._own_id)
         for output in self.outputs:
             await output.generation.aclose()
+
+    def _take_id(self) -> None:
+        chosen = self._job.client_request_id
+        if chosen is None:
+            return
+        own_id = (None if self._job.key is None else self._job.key.key_id, chosen)
+        if own_id in self._api.ids_under_way:
+            raise RequestIdTaken(chosen)
+        self._own_id = own_id
+        self._api.ids_under_way.add(own_id)
 
 
 async def while_client_stays(parts: Sequence[Coroutine[Any, Any, None]], receive: Receive) -> None:

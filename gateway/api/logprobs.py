@@ -15,10 +15,16 @@ FLOOR = -9999.0  # JSON has no infinity
 
 
 class TokenSpeller:
-    r"""Writes single tokens as text. A token that is only part of a character is written `bytes:\xe2\x82`."""
+    r"""Writes single tokens as text. A token that is only part of a character is written `bytes:\xe2\x82`.
 
-    def __init__(self, card: ModelCard) -> None:
+    Args:
+        card: of the model.
+        as_ids: write `token_id:5` instead, which unlike text is never ambiguous (vLLM).
+    """
+
+    def __init__(self, card: ModelCard, *, as_ids: bool = False) -> None:
         self._detokenizers = card.detokenizers
+        self._as_ids = as_ids
         self._spelled: dict[int, tuple[str, list[int]]] = {}
 
     def __call__(self, token_id: int) -> tuple[str, list[int]]:
@@ -26,12 +32,16 @@ class TokenSpeller:
         known = self._spelled.get(token_id)
         if known is None:
             data = self._detokenizers.token_bytes(token_id)
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            text = f"token_id:{token_id}" if self._as_ids else _spelled(data)
             known = self._spelled[token_id] = text, list(data)
         return known
+
+
+def _spelled(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def chat_logprobs(tokens: Iterable[TextToken], spell: TokenSpeller, *, num_top: int) -> list[ChatTokenLogprob]:

@@ -15,8 +15,15 @@ from gateway.api.constraints import constraint
 from gateway.api.context import ApiContext
 from gateway.api.jobs import Job
 from gateway.api.reasoning import template_variables
-from gateway.api.requests import ChatCompletionRequest, CompletionRequest
-from gateway.api.sampling import COMPLETION_MAX_TOKENS, output_limit, sampling_params, text_options
+from gateway.api.requests import ChatCompletionRequest, CompletionRequest, StreamOptions
+from gateway.api.sampling import (
+    COMPLETION_MAX_TOKENS,
+    AnyCompletion,
+    output_limit,
+    sampling_params,
+    text_options,
+)
+from gateway.api.tenancy import place_of
 from gateway.api.text_prompt import prompt_text, split_prompts, text_prompt_ids, token_offsets
 from gateway.api.tools import ToolUse, check_served, read_options, tool_use
 from gateway.errors import InvalidRequest
@@ -31,6 +38,7 @@ async def render_chat(model: ServedModel, request: ChatCompletionRequest) -> tup
         model,
         request.messages,
         add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
         add_special_tokens=bool(request.add_special_tokens),
         variables=template_variables(request.chat_template_kwargs or {}, request.reasoning_effort, model),
         tools=use.declared,
@@ -42,10 +50,13 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
     """Raises: ApiError."""
     refusals.check_chat(request)
     model = api.find_model(request.model, key)
+    _check_decoder(request, model)
+    _check_num_outputs(api, request.n or 1, param="n")
     use, prompt = await render_chat(model, request)
     ids = prompt.ids
     grammar = await call_grammar(use, model.card, await constraint(request), thinking=prompt.thinking)
     asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    ids = _truncated(ids, request.truncate_prompt_tokens, model, asked)
     max_tokens = output_limit(model, num_prompt_tokens=len(ids), max_tokens=asked, param="messages")
     num_top = request.top_logprobs or 0
     params = sampling_params(
@@ -60,6 +71,8 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
         use, model, thinking=prompt.thinking, shows_special_tokens=request.skip_special_tokens is False
     )
     options = text_options(request, params, with_tokens=with_tokens)
+    streaming = request.stream_options or StreamOptions()
+    place = place_of(request, key, shared_prefix_cache=api.config.shared_prefix_cache)
     headers = await api.limiter.admit(key, len(ids))
     return Job(
         completion_id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -74,13 +87,21 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
         chose_function=use.named,
         num_samples=request.n or 1,
         seeded=request.seed is not None,
+        continues_prompt=bool(request.continue_final_message),
         stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        include_usage=bool(streaming.include_usage),
+        usage_in_chunks=bool(streaming.continuous_usage_stats),
+        obfuscates=bool(streaming.include_obfuscation),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
         return_token_ids=bool(request.return_token_ids),
         with_logprobs=bool(request.logprobs),
         num_top_logprobs=num_top,
-        cache_salt=request.cache_salt or "",
-        priority=request.priority or 0,
+        cache_salt=place.cache_salt,
+        priority=place.priority,
+        affinity=place.affinity,
+        service_tier=place.tier,
+        metadata=request.metadata,
+        client_request_id=request.request_id,
         key=key,
         headers=headers,
     )
@@ -90,20 +111,19 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
     """Raises: ApiError."""
     refusals.check_completion(request)
     model = api.find_model(request.model, key)
+    _check_decoder(request, model)
     sources = split_prompts(request.prompt)
     num_choices = request.n or 1
     num_samples = max(num_choices, request.best_of or 1) if request.max_tokens != 0 else num_choices
     num_logprobs = request.logprobs
     if num_logprobs is None and num_samples > num_choices:
         num_logprobs = 0  # the best are chosen by it
-    if len(sources) * num_samples > api.config.max_generations:
-        raise InvalidRequest(
-            f"At most {api.config.max_generations} outputs (prompts times 'n' or 'best_of') fit in one request.",
-            param="prompt",
-            code="invalid_value",
-        )
+    _check_num_outputs(api, len(sources) * num_samples, param="prompt")
     add_special_tokens = request.add_special_tokens is not False
-    prompts = await text_prompt_ids(model, sources, add_special_tokens=add_special_tokens)
+    prompts = [
+        _truncated(ids, request.truncate_prompt_tokens, model, request.max_tokens)
+        for ids in await text_prompt_ids(model, sources, add_special_tokens=add_special_tokens)
+    ]
     grammar = await constraint(request)
     params = [
         sampling_params(
@@ -126,6 +146,8 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
         for source in (sources if scores_prompts else ())
     ]
     with_tokens = request.logprobs is not None or bool(request.return_token_ids)
+    streaming = request.stream_options or StreamOptions()
+    place = place_of(request, key, shared_prefix_cache=api.config.shared_prefix_cache)
     headers = await api.limiter.admit(key, sum(map(len, prompts)))
     return Job(
         completion_id=f"cmpl-{uuid.uuid4().hex}",
@@ -145,15 +167,49 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
         scores_prompts=scores_prompts,
         generates=request.max_tokens != 0,
         stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        include_usage=bool(streaming.include_usage),
+        usage_in_chunks=bool(streaming.continuous_usage_stats),
+        obfuscates=bool(streaming.include_obfuscation),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
         return_token_ids=bool(request.return_token_ids),
         with_logprobs=request.logprobs is not None,
         num_top_logprobs=request.logprobs or 0,
-        cache_salt=request.cache_salt or "",
-        priority=request.priority or 0,
+        cache_salt=place.cache_salt,
+        priority=place.priority,
+        affinity=place.affinity,
+        service_tier=place.tier,
+        metadata=request.metadata,
+        client_request_id=request.request_id,
         key=key,
         headers=headers,
     )
+
+
+def _check_num_outputs(api: ApiContext, num_outputs: int, *, param: str) -> None:
+    if num_outputs > api.config.max_generations:
+        raise InvalidRequest(
+            f"At most {api.config.max_generations} outputs (prompts times 'n' or 'best_of') fit in one request.",
+            param=param,
+            code="invalid_value",
+        )
+
+
+def _check_decoder(request: AnyCompletion, model: ServedModel) -> None:
+    if request.spaces_between_special_tokens is False and not model.card.detokenizers.is_byte_level:
+        raise InvalidRequest(
+            "'spaces_between_special_tokens' cannot be false: this model's tokenizer decides on spaces itself.",
+            param="spaces_between_special_tokens",
+            code="unsupported_parameter",
+        )
+
+
+def _truncated(ids: list[int], num_kept: int | None, model: ServedModel, max_tokens: int | None) -> list[int]:
+    """The last `num_kept` ids; for -1 as many as leave room for the output."""
+    if num_kept is None:
+        return ids
+    if num_kept == -1:
+        num_kept = max(1, model.max_model_len - max(1, max_tokens or 1))
+    return ids[-num_kept:]
 
 
 def _completion_limit(model: ServedModel, num_prompt_tokens: int, asked: int | None) -> int:

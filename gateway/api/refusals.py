@@ -5,10 +5,33 @@ Absent, null and neutral values (`tools: []`, `modalities: ["text"]`) pass.
 
 from __future__ import annotations
 
-from gateway.api.requests import ChatCompletionRequest, CompletionRequest, StreamOptions
+from collections.abc import Mapping
+
+import msgspec
+
+from gateway.api.requests import ChatCompletionRequest, CompletionRequest, StreamOptions, TokenizeRequest
 from gateway.errors import InvalidRequest
 
-_CHAT_FIELDS = ("audio", "prediction", "verbosity", "web_search_options")
+# Field to the values that ask for nothing; null always does
+_UNBUILT: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "use_beam_search": (False,),
+}
+_UNBUILT_IN_CHAT: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "moderation": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
 
 
 def check_chat(request: ChatCompletionRequest) -> None:
@@ -17,20 +40,19 @@ def check_chat(request: ChatCompletionRequest) -> None:
         raise _refused("functions")
     if request.function_call not in (None, "none", "auto"):
         raise _refused("function_call")
-    if request.modalities not in (None, ["text"]):
-        raise _refused("modalities")
-    for name in _CHAT_FIELDS:
-        if getattr(request, name) is not None:
-            raise _refused(name)
+    _refuse_unbuilt(request, _UNBUILT | _UNBUILT_IN_CHAT)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value")
     if request.max_tokens == 0:
         raise InvalidRequest("'max_tokens' must be at least 1.", param="max_tokens", code="invalid_value")
+    check_final_message(request)
+    check_truncation(request)
     check_stream_options(request.stream_options, stream=bool(request.stream))
 
 
 def check_completion(request: CompletionRequest) -> None:
     """Raises: InvalidRequest."""
+    _refuse_unbuilt(request, _UNBUILT)
     if request.suffix:
         raise _refused("suffix")
     num_samples = request.n or 1
@@ -42,7 +64,34 @@ def check_completion(request: CompletionRequest) -> None:
         raise InvalidRequest(
             "'max_tokens' must be at least 1 without 'echo'.", param="max_tokens", code="invalid_value"
         )
+    check_truncation(request)
+    if request.truncate_prompt_tokens is not None and request.echo:
+        raise InvalidRequest(
+            "'truncate_prompt_tokens' and 'echo' exclude each other.",
+            param="truncate_prompt_tokens",
+            code="invalid_value",
+        )
     check_stream_options(request.stream_options, stream=bool(request.stream))
+
+
+def check_final_message(request: ChatCompletionRequest | TokenizeRequest) -> None:
+    """Raises: InvalidRequest."""
+    if request.continue_final_message and request.add_generation_prompt:
+        raise InvalidRequest(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other.",
+            param="continue_final_message",
+            code="invalid_value",
+        )
+
+
+def check_truncation(request: ChatCompletionRequest | CompletionRequest) -> None:
+    """Raises: InvalidRequest."""
+    if request.truncate_prompt_tokens == 0:
+        raise InvalidRequest(
+            "'truncate_prompt_tokens' is a number of tokens to keep from 1 on, or -1 for as many as fit.",
+            param="truncate_prompt_tokens",
+            code="invalid_value",
+        )
 
 
 def check_stream_options(options: StreamOptions | None, *, stream: bool) -> None:
@@ -53,8 +102,13 @@ def check_stream_options(options: StreamOptions | None, *, stream: bool) -> None
         raise InvalidRequest(
             "'stream_options' is only allowed when 'stream' is true.", param="stream_options", code="invalid_value"
         )
-    if options.include_obfuscation:
-        raise _refused("stream_options.include_obfuscation")
+
+
+def _refuse_unbuilt(request: msgspec.Struct, unbuilt: Mapping[str, tuple[object, ...]]) -> None:
+    for name, neutral in unbuilt.items():
+        value = getattr(request, name)
+        if value is not None and value not in neutral:
+            raise _refused(name)
 
 
 def _refused(name: str) -> InvalidRequest:

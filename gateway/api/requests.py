@@ -1,6 +1,6 @@
 """Request bodies, as OpenAI publishes them plus vLLM's extensions.
 
-Every field is here for one of four reasons: it works; it is bookkeeping and changes nothing about the answer; it is
+Every field is here for one of four reasons: it works; it describes the caller and changes nothing that is said; it is
 refused with a 400 that names it unless it is absent or has its neutral value (`gateway.api.refusals`); or it is part
 of a message that clients send back to us. Anything else is an unknown field, and a 400 too. An explicit null is the
 same as absence.
@@ -14,23 +14,27 @@ import msgspec
 from msgspec import Meta
 
 from fleet.types import Pooling
+from gateway.api.answer_headers import REQUEST_ID
 from gateway.api.formats import Choices, GrammarText, JsonInput, Pattern, ResponseFormat, StructuredOutputs
 
 MAX_TOOLS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_IDENTIFIER_CHARS = 1024
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 NumTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+ShortText = Annotated[str, Meta(max_length=MAX_IDENTIFIER_CHARS)]
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
-CacheSalt = Annotated[str, Meta(max_length=256)]
+CacheSalt = Annotated[str, Meta(min_length=1, max_length=256)]
 FunctionName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
+ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -39,10 +43,17 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StreamOptions(_Body):
-    """`stream_options`. `include_obfuscation` pads chunks against traffic analysis, which is not built."""
+    """`stream_options`. `continuous_usage_stats` is vLLM's: usage so far in every chunk."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class PromptCacheOptions(_Body):
+    """`prompt_cache_options`: only what holds for every request anyway; pages stay until the room is needed."""
+
+    mode: Literal["implicit"] | None = None
 
 
 class SamplingFields(_Body, kw_only=True):
@@ -67,14 +78,15 @@ class SamplingFields(_Body, kw_only=True):
     skip_special_tokens: bool | None = None
     cache_salt: CacheSalt | None = None
     priority: Priority | None = None
-    # bookkeeping
-    user: str | None = None
+    # identity and service
+    user: ShortText | None = None
+    safety_identifier: Annotated[str, Meta(max_length=64)] | None = None
     metadata: Metadata | None = None
     store: bool | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
+    service_tier: ServiceTier | None = None
+    prompt_cache_key: ShortText | None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
 
 
 class _Sampling(SamplingFields, kw_only=True):
@@ -85,7 +97,18 @@ class _Sampling(SamplingFields, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    request_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=REQUEST_ID)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    # refused by name; see `refusals`
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logits_processors: list[Any] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
     # the form of the answer: OpenAI's, then vLLM's two styles
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -196,6 +219,7 @@ class ChatCompletionRequest(_Sampling, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
@@ -208,6 +232,10 @@ class ChatCompletionRequest(_Sampling, kw_only=True):
     reasoning_effort: str | None = None
     verbosity: str | None = None
     web_search_options: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
+    chat_template: str | None = None
+    documents: list[Any] | None = None
+    echo: bool | None = None
 
 
 class CompletionRequest(_Sampling, kw_only=True):
@@ -246,6 +274,7 @@ class TokenizeRequest(_Body):
     return_token_strs: bool | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

@@ -100,6 +100,8 @@ class ChatCompletion(msgspec.Struct):
     usage: Usage
     system_fingerprint: str
     object: Literal["chat.completion"] = "chat.completion"
+    service_tier: str | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -140,6 +142,7 @@ class Completion(msgspec.Struct):
     usage: Usage
     system_fingerprint: str
     object: Literal["text_completion"] = "text_completion"
+    service_tier: str | UnsetType = UNSET
 
 
 class Embedding(msgspec.Struct):

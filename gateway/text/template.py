@@ -23,6 +23,7 @@ from gateway.errors import CardError, TemplateError
 from gateway.text.control_marks import ControlMarks
 
 PROBE = "Qx7probe"
+TAIL = "Qx7tail"
 Message = dict[str, Any]
 
 
@@ -62,23 +63,29 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         tools: list[dict[str, Any]] | None = None,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Render to pieces of text; a tokenizer must not read a token across two pieces.
 
         Joined, the pieces are what `transformers` renders. There is one piece unless the conversation contains
         text that looks like a special token. Keys of messages whose value is None are left out. `tools` are
-        declarations of functions in OpenAI's form, `variables` the client's `chat_template_kwargs`.
+        declarations of functions in OpenAI's form, `variables` the client's `chat_template_kwargs`. With
+        `continue_final_message` the text ends where the content of the last message ends, so that a model goes on
+        with it.
 
         Raises: TemplateError with the template's own message.
         """
         shaped = [self._shape(message) for message in messages]
+        if continue_final_message:
+            shaped[-1] = _with_tail(shaped[-1])
         try:
             (shaped, extra), marks = self._marks.protect([shaped, {**(variables or {}), "tools": tools}])
         except ValueError as error:
             raise TemplateError(str(error)) from error
         rendered = self._render(shaped, add_generation_prompt=add_generation_prompt, extra=extra)
-        return [rendered] if marks is None else marks.cut(rendered)
+        pieces = [rendered] if marks is None else marks.cut(rendered)
+        return _until_tail(pieces) if continue_final_message else pieces
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool, extra: Mapping[str, Any]) -> str:
         variables: dict[str, Any] = {**self._special_tokens, "tools": None, "documents": None, **extra}
@@ -116,6 +123,25 @@ class ChatTemplate:
         elif isinstance(content, str) and self._wants_parts:
             shaped["content"] = [{"type": "text", "text": content}]
         return shaped
+
+
+def _with_tail(message: Message) -> Message:
+    """The message, with a mark where its content ends. Raises: TemplateError."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + TAIL}
+    if isinstance(content, list):
+        return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + TAIL}]}
+    raise TemplateError("the last message has no text to go on with")
+
+
+def _until_tail(pieces: list[str]) -> list[str]:
+    """What comes before the mark of `_with_tail`. Raises: TemplateError."""
+    for place in range(len(pieces) - 1, -1, -1):
+        before, found, _ = pieces[place].rpartition(TAIL)
+        if found:
+            return [*pieces[:place], before]
+    raise TemplateError("the chat template leaves the last message out, which cannot be gone on with then")
 
 
 class _GenerationBlock(Extension):

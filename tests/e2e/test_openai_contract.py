@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+import redis as blocking_redis
 from prometheus_client.parser import text_string_to_metric_families
 from support.fleet import DEMO, Fleet, until
 from support.openai_wire import (
@@ -319,6 +320,7 @@ BAD_VALUES: dict[tuple[str, str], list[Any]] = {
     (CHAT, "response_format"): ["text", {}, []],
     (CHAT, "modalities"): [["audio"], ["text", "audio"]],
     (CHAT, "reasoning_effort"): ["high"],
+    (CHAT, "service_tier"): ["scale", "first", 1],
     (CHAT, "max_completion_tokens"): [0, -1, 1.5, "5", True, 2**64],
     (CHAT, "max_tokens"): [0, -1, 1.5, "5", True, 2**64],
     (CHAT, "temperature"): [-0.01, 2.01, "1", True, []],
@@ -598,6 +600,22 @@ def test_samples_differ_and_are_counted_once(wire: Wire) -> None:
         assert answer["usage"]["completion_tokens"] == 4 * single["completion_tokens"]
     assert wire.text(CHAT, **{**fields, "n": 1, "seed": 3}) == text_of(wire.plain(CHAT, **fields, seed=3)["choices"][0])
     assert len(wire.plain(CHAT, **{**fields, "max_tokens": 1, "n": 128})["choices"]) == 128
+
+
+def test_samples_share_the_pages_of_their_prompt(fleet: Fleet, wire: Wire) -> None:
+    ids = [200 + 3 * place for place in range(100)]
+    fields: Json = {"max_tokens": 2, "n": 5, "temperature": 1, "cache_salt": "never seen"}
+    answer = wire.plain(TEXT, prompt=ids, **fields)
+    assert answer["usage"]["prompt_tokens"] == 100
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "the first sample found nothing"
+    names = [answer["id"], *(f"{answer['id']}-{index}" for index in range(1, 5))]
+    with blocking_redis.Redis.from_url(fleet.redis.url) as redis:
+
+        def cached() -> list[bytes | None]:
+            return [redis.hget(f"{fleet.namespace}:request:{name}", "cached_tokens") for name in names]
+
+        until(lambda: None not in cached(), within_s=5, what="states are in Redis")
+        assert [int(count or 0) for count in cached()] == [0] + [99 // PAGE * PAGE] * 4
 
 
 def test_stop_strings_cut_exactly_wherever_tokens_end(wire: Wire) -> None:

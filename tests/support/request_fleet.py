@@ -65,8 +65,11 @@ class Fleet:
         self.directory.heartbeat(Heartbeat(record=joined, requests=[]))
         return joined.peer
 
-    def admit(self, request_id: str = "r", *, priority: int = 0, **params: object) -> LiveRequest:
-        passport = Passport(
+    def admit(self, request_id: str = "r", **fields: object) -> LiveRequest:
+        return self.table.admit(self.passport(request_id, **fields))  # type: ignore[arg-type]
+
+    def passport(self, request_id: str = "r", *, priority: int = 0, **params: object) -> Passport:
+        return Passport(
             request_id=request_id,
             epoch=0,
             model="m",
@@ -76,7 +79,6 @@ class Fleet:
             gateway=GATEWAY,
             priority=priority,
         )
-        return self.table.admit(passport)
 
     def dispatched(self) -> list[PrefillRequest]:
         return [cast("PrefillRequest", message) for _, message in self.bus.take(PrefillRequest)]

@@ -215,7 +215,7 @@ def _created(request: CreateResponseRequest, response_id: str, job: Job) -> Resp
         top_logprobs=request.top_logprobs or 0,
         truncation=request.truncation or "disabled",
         metadata=request.metadata or {},
-        service_tier="default" if request.service_tier in (None, "auto") else request.service_tier,
+        service_tier=job.service_tier or "default",
         prompt_cache_key=request.prompt_cache_key,
         safety_identifier=request.safety_identifier,
         user=msgspec.UNSET if request.user is None else request.user,

@@ -23,10 +23,16 @@ class Worker:
     """A pool, a scheduler and a fake runner."""
 
     def __init__(
-        self, *, num_pages: int = 64, max_step_tokens: int = 16, max_chunk_tokens: int | None = None, seats: int = 8
+        self,
+        *,
+        num_pages: int = 64,
+        max_step_tokens: int = 16,
+        max_chunk_tokens: int | None = None,
+        seats: int = 8,
+        prefix_cache: bool = True,
     ) -> None:
         self.pool = PagePool(num_pages, PAGE_SIZE)
-        self.cache = PrefixCache(self.pool, make_fingerprint())
+        self.cache = PrefixCache(self.pool, make_fingerprint(), enabled=prefix_cache)
         limits = PrefillLimits(
             max_model_len=200,
             max_step_tokens=max_step_tokens,
@@ -67,6 +73,11 @@ class Worker:
     def plan(self) -> StepPlan:
         plan = self.scheduler.schedule()
         assert plan is not None
+        return plan
+
+    def plan_and_commit(self) -> StepPlan:
+        plan = self.plan()
+        self.scheduler.commit(plan, self.runner.run(plan))
         return plan
 
     def step(self) -> tuple[RowProgress, ...]:
@@ -372,3 +383,42 @@ def test_schedule_and_commit_must_alternate() -> None:
     with pytest.raises(StepOutOfOrder):
         worker.scheduler.commit(plan, StepOutput((None,)))
     assert worker.pool.num_used == 0
+
+
+def test_what_one_prompt_computes_others_with_its_beginning_wait_for() -> None:
+    worker = Worker(max_step_tokens=100)
+    shared = list(range(1, 15))
+    worker.add(shared, "first")
+    worker.add(shared, "twin")
+    worker.add([*shared[:9], 50, 51, 52, 53], "cousin")
+    worker.add([90, 91, 92], "stranger")
+    assert shape(worker.plan_and_commit()) == [("first", 0, 14, True), ("stranger", 0, 3, True)]
+    assert shape(worker.plan_and_commit()) == [("twin", 12, 2, True), ("cousin", 8, 5, True)]
+    assert (worker.cache.query_tokens, worker.cache.hit_tokens) == (14 + 3 + 14 + 13, 12 + 8)
+
+
+def test_nobody_waits_for_a_page_that_a_later_prompt_another_tenant_or_an_aborted_one_computes() -> None:
+    worker = Worker(max_step_tokens=8)
+    shared = list(range(1, 15))
+    slow = worker.add(shared, "slow", priority=5)
+    assert shape(worker.plan_and_commit()) == [("slow", 0, 8, False)]
+    worker.add([*shared[:8], 70, 71, 72, 73, 74], "urgent")
+    assert shape(worker.plan_and_commit()) == [("urgent", 8, 5, True), ("slow", 8, 3, False)]
+    worker.add(shared, "salted", cache_salt="other", priority=9)
+    worker.add(shared, "twin", priority=9)
+    assert shape(worker.plan_and_commit()) == [("slow", 11, 3, True), ("salted", 0, 5, False)]
+    worker.scheduler.release(slow)
+    assert shape(worker.plan_and_commit()) == [("salted", 5, 8, False)]
+    worker = Worker(max_step_tokens=4)
+    worker.add(shared, "first")
+    worker.add(shared, "twin")
+    worker.plan_and_commit()
+    worker.scheduler.abort("first", 0)
+    assert shape(worker.plan_and_commit()) == [("twin", 4, 4, False)]
+
+
+def test_without_a_prefix_cache_nobody_waits_for_anybody() -> None:
+    worker = Worker(max_step_tokens=100, prefix_cache=False)
+    for name in ("first", "twin"):
+        worker.add(list(range(1, 15)), name)
+    assert shape(worker.plan_and_commit()) == [("first", 0, 14, True), ("twin", 0, 14, True)]

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from fleet.types import FinishReason, Pooling, SamplingParams, TokenLogprob, TopLogprob
 from gateway.api.config import ApiConfig
 from gateway.app import create_app
-from gateway.errors import PipelineError
+from gateway.errors import Overloaded, PipelineError
 from gateway.pipeline import ModelReadiness, Readiness, ServedModel, Tokens
 from gateway.text.card import ModelCard
 
@@ -154,6 +154,7 @@ class FakePipeline:
         self.refuse: PipelineError | None = None
         self.refuse_after = 0
         self.counts = (1, 1)
+        self.room = 10**9
         self.submitted: list[dict[str, Any]] = []
         self.generations: list[FakeGeneration] = []
 
@@ -167,6 +168,11 @@ class FakePipeline:
         prefill, decode = self.counts
         return Readiness(models=(ModelReadiness(model=MODEL, num_prefill=prefill, num_decode=decode),))
 
+    def require_room(self, _: ServedModel, num_sequences: int, *, priority: int) -> None:
+        del priority
+        if num_sequences > self.room:
+            raise Overloaded("full", retry_after_s=1)
+
     async def submit(
         self,
         *,
@@ -178,6 +184,7 @@ class FakePipeline:
         priority: int = 0,
         pooling: Pooling | None = None,
         output_ids: Sequence[int] = (),
+        affinity: str = "",
     ) -> FakeGeneration:
         if self.refuse is not None and len(self.generations) >= self.refuse_after:
             raise self.refuse
@@ -191,6 +198,7 @@ class FakePipeline:
                 "priority": priority,
                 "pooling": pooling,
                 "num_known": len(output_ids),
+                "affinity": affinity,
             }
         )
         text = self.texts[place % len(self.texts)] if self.texts else self.text

@@ -15,6 +15,7 @@ from fleet.types import (
     Role,
 )
 from gateway.errors import NoWorkers, Overloaded
+from gateway.router import AFFINITY_TOKENS
 
 
 def test_the_plain_life_of_a_request() -> None:
@@ -202,3 +203,38 @@ def test_a_silent_worker_is_dropped_by_the_sweep() -> None:
     fleet.directory.workers()[0].heard_s -= 2
     fleet.directory.sweep()
     assert fleet.directory.workers() == []
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_any_of_it_starts() -> None:
+    fleet = Fleet(max_queued=3)
+    fleet.join("p", Role.PREFILL)
+    fleet.join("d", Role.DECODE)
+    fleet.admit("a")
+    fleet.table.require_room("m", 2, priority=0)
+    with pytest.raises(Overloaded) as full:
+        fleet.table.require_room("m", 3, priority=0)
+    assert full.value.retry_after_s > 0
+    assert fleet.table.num_queued == 1
+    assert fleet.counted("baton_requests_rejected_total", reason="overloaded") == 3
+
+
+def test_an_affinity_stays_with_its_worker_until_that_has_much_more_to_do() -> None:
+    fleet = Fleet()
+    for name in ("p1", "p2", "p3"):
+        fleet.join(name, Role.PREFILL)
+    fleet.join("d", Role.DECODE)
+
+    def worker_of(request_id: str, affinity: str) -> str:
+        live = fleet.table.admit(fleet.passport(request_id), affinity=affinity)
+        assert live.prefill_peer is not None
+        return live.prefill_peer.name
+
+    homes = {worker_of(f"a{number}", "one key") for number in range(8)}
+    assert len(homes) == 1
+    (home,) = homes
+    for worker in fleet.directory.workers(role=Role.PREFILL):
+        worker.booked_tokens += AFFINITY_TOKENS + 100 if worker.peer.name == home else 0
+    other = worker_of("b", "one key")
+    assert other != home
+    assert worker_of("c", "one key") == other, "it stays where it went"
+    assert len({worker_of(f"d{number}", f"key {number}") for number in range(12)}) > 1, "keys spread"
