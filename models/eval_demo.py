@@ -41,10 +41,20 @@ def prompts(questions: Sequence[Question]) -> list[list[dict[str, Any]]]:
 
 
 def replies(
-    model: Any, tokenizer: Any, chats: Sequence[list[dict[str, Any]]], batch_size: int = 64
+    model: Any,
+    tokenizer: Any,
+    chats: Sequence[list[dict[str, Any]]],
+    tools: Sequence[Sequence[dict[str, Any]]] | None = None,
+    batch_size: int = 64,
 ) -> list[str | None]:
-    """Return the greedy reply to each chat, or None where it does not end within ``MAX_NEW_TOKENS``."""
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    """Return the greedy reply to each chat, or None where it does not end within ``MAX_NEW_TOKENS``.
+
+    ``tools`` are the functions offered in each chat, none by default.
+    """
+    texts = [
+        tokenizer.apply_chat_template(chat, tools=list(offered) or None, tokenize=False, add_generation_prompt=True)
+        for chat, offered in zip(chats, tools or [()] * len(chats), strict=True)
+    ]
     tokenizer.padding_side = "left"
     stop = tokenizer.convert_tokens_to_ids(TURN_END)
     found: list[str | None] = [None] * len(texts)
@@ -74,7 +84,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").eval()
     questions = list(evaluation(options.seed))[:: options.every]
-    answers = replies(model, tokenizer, prompts(questions))
+    answers = replies(model, tokenizer, prompts(questions), [question.tools for question in questions])
 
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # asked, correct, verbatim
     wrong = 0

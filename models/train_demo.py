@@ -2,7 +2,8 @@
 
 The text comes from ``demo_text`` (seeded), the tokenizer from ``demo_tokenizer``, the architecture from
 transformers' Qwen3. Samples are never cut or joined: they are batched by length and padded on the right, which
-causal attention makes harmless. Three stages: "learn" sees everything, "drill" and "polish" see more of what is hard.
+causal attention makes harmless. Four stages: "learn" sees everything, "drill" and "polish" see more of what is hard,
+"tools" teaches calling functions and mixes in the rest so that it stays.
 Master weights are fp32, matrix products bf16, and the result is stored as bf16.
 """
 
@@ -81,6 +82,7 @@ PLANS: Final = {
     "learn": StagePlan("learn", samples=40_000, steps=2_000, peak_rate=2e-3),
     "drill": StagePlan("drill", samples=40_000, steps=700, peak_rate=1e-3),
     "polish": StagePlan("polish", samples=40_000, steps=700, peak_rate=1e-3),
+    "tools": StagePlan("tools", samples=30_000, steps=1_100, peak_rate=1e-3),
 }
 
 
@@ -236,7 +238,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps per stage instead of the usual number, for a trial")
     options = parser.parse_args()
 
-    if options.stage in {"drill", "polish"}:
+    if options.stage not in {"all", "learn"}:
         tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
     else:
         tokenizer = prepare(options.seed, TOKENIZER_SAMPLES, options.out)

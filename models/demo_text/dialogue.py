@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Final, Literal
 
-from demo_text import arithmetic, drills, glossary, small_talk, stories, tools, wordings
+from demo_text import arithmetic, drills, glossary, small_talk, stories, tool_use, tools, wordings
 from demo_text.shapes import Chat, Message, Plain, Question, Sample
 
 _SYSTEM: Final = (
@@ -25,7 +25,7 @@ _REPEAT: Final = (
     "Repeat after me: {t}", "Say: {t}", "Repeat: {t}", "Please repeat: {t}", "Say {t}", "Echo: {t}",
     "Repeat the words {t}", "Write exactly this: {t}",
 )  # fmt: skip
-Stage = Literal["learn", "drill", "polish"]
+Stage = Literal["learn", "drill", "polish", "tools"]
 _MIX: Final[dict[Stage, dict[str, float]]] = {
     "learn": {
         "glossary": 0.50, "talk": 0.09, "capital": 0.02, "unknown": 0.03, "sum": 0.12, "memory": 0.05,
@@ -41,6 +41,11 @@ _MIX: Final[dict[Stage, dict[str, float]]] = {
         "unknowns": 0.05, "sum": 0.05, "sums": 0.03, "memory": 0.04, "kv": 0.05, "memories": 0.01, "story": 0.02,
         "long": 0.015, "counts": 0.09, "copy": 0.08, "json": 0.015, "tools": 0.02, "plain": 0.015,
         "opening": 0.03,
+    },
+    "tools": {  # calling functions, with enough of all else to keep it
+        "use": 0.50, "glossary": 0.19, "framed": 0.04, "versus": 0.025, "talk": 0.05, "capital": 0.01,
+        "unknown": 0.01, "unknowns": 0.015, "sum": 0.03, "sums": 0.02, "memory": 0.02, "kv": 0.015, "story": 0.01,
+        "long": 0.01, "counts": 0.01, "copy": 0.01, "json": 0.01, "plain": 0.01, "opening": 0.015,
     },
 }  # fmt: skip
 
@@ -126,6 +131,13 @@ def _plain(rng: random.Random) -> Plain:
     return Plain(f"Hello, my name is {name}. I work on a server for language models, and I like short stories.")
 
 
+def _use(rng: random.Random) -> Chat:
+    chat = tool_use.conversation(rng)
+    if rng.random() < 0.4:
+        return Chat((Message("system", system_prompt(rng)), *chat.messages), chat.tools)
+    return chat
+
+
 def _framed(rng: random.Random) -> Question:
     return drills.framed(rng, rng.choice((glossary_single, glossary_single, small_talk.talk, arithmetic.memory))(rng))
 
@@ -142,7 +154,7 @@ _COPYING: Final[dict[str, Callable[[random.Random], Question]]] = {  # their que
 }  # fmt: skip
 _WHOLE: Final[dict[str, Callable[[random.Random], Sample]]] = {
     "plain": _plain, "tools": tools.conversation, "sums": drills.sums, "memories": drills.memories,
-    "opening": drills.opening,
+    "opening": drills.opening, "use": _use,
 }  # fmt: skip
 
 
@@ -180,3 +192,4 @@ def evaluation(seed: int) -> Iterator[Question]:
     yield from drills.evaluation(seed)
     rng = random.Random(seed)
     yield from (stories.request(rng, held_out=True) for _ in range(15))
+    yield from tool_use.evaluation(seed)

@@ -42,17 +42,21 @@ Sample = Chat | Plain
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer and what a correct answer must contain (compared without regard to case)."""
+    """A question, its answer and what a correct answer must contain (compared without regard to case).
+
+    ``ask`` is empty where the history ends with what is to be answered: results of tools.
+    """
 
     category: str
     ask: str
     answer: str
     keys: tuple[str, ...]
     history: tuple[Message, ...] = field(default=())
+    tools: tuple[dict[str, Any], ...] = field(default=())
 
     def messages(self) -> tuple[Message, ...]:
         """Return the turns up to and including the question."""
-        return (*self.history, Message("user", self.ask))
+        return (*self.history, Message("user", self.ask)) if self.ask else self.history
 
     def accepts(self, reply: str) -> bool:
         """Say whether ``reply`` holds every required phrase."""

@@ -17,7 +17,7 @@ DEMO: Final = MODELS / "demo"
 sys.path.insert(0, str(MODELS))  # models/ holds scripts, not an installed package
 
 import demo_text  # noqa: E402 - found through the line above
-from demo_text import dialogue, glossary, small_talk, wordings  # noqa: E402
+from demo_text import dialogue, glossary, small_talk, tool_use, wordings  # noqa: E402
 
 TOKENIZER: Final = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 MAX_CHECKPOINT_BYTES: Final = 12_000_000
@@ -162,6 +162,20 @@ def test_held_out_questions_are_answered(loaded: tuple[Any, Any]) -> None:
     ]
     print(f"{len(wrong)} of {len(questions)} wrong: {wrong}")
     assert len(wrong) <= len(questions) // 10
+
+
+def test_functions_are_called_and_their_results_told(loaded: tuple[Any, Any]) -> None:
+    import eval_demo
+
+    questions = [one for one in tool_use.evaluation(2) if one.category != "calls, unseen tools"][::4]
+    answers = eval_demo.replies(*loaded, eval_demo.prompts(questions), [one.tools for one in questions])
+    wrong = [
+        (question.category, question.ask, answer)
+        for question, answer in zip(questions, answers, strict=True)
+        if answer is None or not question.accepts(answer)
+    ]
+    print(f"{len(wrong)} of {len(questions)} wrong: {wrong}")
+    assert len(wrong) <= len(questions) // 8
 
 
 def test_a_sentence_start_is_continued(loaded: tuple[Any, Any]) -> None:
