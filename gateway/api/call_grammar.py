@@ -26,32 +26,40 @@ _ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 async def call_grammar(use: ToolUse, card: ModelCard, content: Grammar | None, *, thinking: bool) -> Grammar | None:
     """The grammar of a whole output: calls, and where none need be made, `content` or any text.
 
-    Without need of one it is `content` itself. Raises: InvalidRequest naming the schema that cannot be served.
+    Without need of one it is `content` itself; so it is for a form other than JSON, which has room for neither calls
+    nor reasoning. Raises: InvalidRequest naming the schema that cannot be served.
     """
-    must = use.mode == "required"
+    must, may = use.mode == "required", use.mode != "none"
     strict = any(function.strict for function in use.functions.values())
-    if use.mode == "none" or not (must or strict or content is not None) or card.syntax.calls is None:
+    has_json = content is not None and content.kind is GrammarKind.JSON_SCHEMA
+    if not (must or (strict and content is None) or (has_json and (may or card.syntax.thinks))):
         return content
-    places = use.places()
-    schemas = {}
-    for name, function in use.functions.items():
-        schemas[name] = _schema(function, enforced=must or bool(function.strict))
-        await schema_grammar(schemas[name], param=f"tools[{places[name]}].function.parameters")
-    rules = _CallRules(card, schemas, parallel=use.parallel)
+    rules = _CallRules(card, await _schemas(use, enforced=must), parallel=use.parallel)
+    lines = rules.lines() if may else []
     if must:
-        body, lines = rules.forced(), rules.lines()
+        body = rules.forced()
     elif content is None:
-        body, lines = rules.beside_text(), [*rules.lines(), *rules.text_lines()]
-    elif content.kind is GrammarKind.JSON_SCHEMA:
-        answer = f"answer: {inline_schema(msgspec.json.decode(content.source))}"
-        body, lines = f"(answer | {rules.forced()})", [*rules.lines(), answer]
+        body = rules.beside_text()
+        lines += rules.text_lines()
     else:
-        return content  # a form of its own, in which there is no place for calls
+        body = f"(answer | {rules.forced()})" if may else "answer"
+        lines.append(f"answer: {inline_schema(msgspec.json.decode(content.source))}")
     reasoning = ""
     if card.syntax.thinks:
         reasoning = "reasoning " if thinking else "reasoning? "
         lines += rules.reasoning_lines(opened=thinking)
-    return await checked(Grammar(GrammarKind.LARK, "\n".join([f"start: {reasoning}{body}", *lines])), param="tools")
+    param = "tools" if may else "response_format"
+    return await checked(Grammar(GrammarKind.LARK, "\n".join([f"start: {reasoning}{body}", *lines])), param=param)
+
+
+async def _schemas(use: ToolUse, *, enforced: bool) -> dict[str, dict[str, Any]]:
+    """Schemas of all arguments: the functions' own where they are to be kept, else any object."""
+    places = use.places()
+    schemas = {}
+    for name, function in use.functions.items():
+        schemas[name] = _schema(function, enforced=enforced or bool(function.strict))
+        await schema_grammar(schemas[name], param=f"tools[{places[name]}].function.parameters")
+    return schemas
 
 
 def _schema(function: FunctionTool, *, enforced: bool) -> dict[str, Any]:

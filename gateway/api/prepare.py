@@ -28,6 +28,7 @@ from gateway.api.text_prompt import prompt_text, split_prompts, text_prompt_ids,
 from gateway.api.tools import ToolUse, check_served, read_options, tool_use
 from gateway.errors import InvalidRequest
 from gateway.pipeline import ServedModel
+from gateway.text.message_reader import ReadOptions
 
 
 async def render_chat(model: ServedModel, request: ChatCompletionRequest) -> tuple[ToolUse, ChatPrompt]:
@@ -54,7 +55,8 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
     _check_num_outputs(api, request.n or 1, param="n")
     use, prompt = await render_chat(model, request)
     ids = prompt.ids
-    grammar = await call_grammar(use, model.card, await constraint(request), thinking=prompt.thinking)
+    form = await constraint(request)
+    grammar = await call_grammar(use, model.card, form, thinking=prompt.thinking)
     asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     ids = _truncated(ids, request.truncate_prompt_tokens, model, asked)
     max_tokens = output_limit(model, num_prompt_tokens=len(ids), max_tokens=asked, param="messages")
@@ -67,9 +69,11 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
         grammar=grammar,
     )
     with_tokens = bool(request.logprobs or request.return_token_ids)
-    reads = read_options(
-        use, model, thinking=prompt.thinking, shows_special_tokens=request.skip_special_tokens is False
-    )
+    if form is not None and grammar is form:  # the whole output is of that form: no calls, no reasoning
+        reads = ReadOptions()
+    else:
+        shows_special_tokens = request.skip_special_tokens is False
+        reads = read_options(use, model, thinking=prompt.thinking, shows_special_tokens=shows_special_tokens)
     options = text_options(request, params, with_tokens=with_tokens)
     streaming = request.stream_options or StreamOptions()
     place = place_of(request, key, shared_prefix_cache=api.config.shared_prefix_cache)

@@ -155,10 +155,11 @@ class UserMessage(_Body, tag="user", tag_field="role"):
 
 
 class CalledFunction(_Body):
-    """Name and arguments (JSON text) of a call."""
+    """Name and arguments (JSON text) of a call. `parsed_arguments` is what the SDK's `parse` makes of them."""
 
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class FunctionTool(_Body):
@@ -186,7 +187,7 @@ class ToolCall(_Body):
 
 
 class AssistantMessage(_Body, tag="assistant", tag_field="role"):
-    """An earlier answer, with the fields that answers carry."""
+    """An earlier answer, with the fields that answers carry. `parsed` is what the SDK's `parse` adds."""
 
     content: str | Annotated[list[TextPart | RefusalPart], Meta(min_length=1)] | None = None
     name: str | None = None
@@ -195,6 +196,7 @@ class AssistantMessage(_Body, tag="assistant", tag_field="role"):
     reasoning: str | None = None
     reasoning_content: str | None = None
     annotations: list[Any] | None = None
+    parsed: Any = None
     audio: dict[str, Any] | None = None
     function_call: dict[str, Any] | None = None
 

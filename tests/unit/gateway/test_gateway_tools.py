@@ -36,6 +36,7 @@ MISTRAL = (
     "{{ message.tool_call_id }}{% for call in message.tool_calls or [] %}[TOOL_CALLS][{{ call.id }}]{% endfor %}"
     "{% endfor %}"
 )
+LLAMA3 = MISTRAL.replace("[TOOL_CALLS]", "<|python_tag|>")
 WEATHER = {
     "type": "function",
     "function": {
@@ -214,6 +215,48 @@ async def test_strict_functions_are_held_to_their_schemas_once_a_call_begins(
         assert matches(grammar, right)
     for wrong in (CALL.replace("city", "town"), "See: <tool_call>\n{}\n</tool_call>"):
         assert not matches(grammar, wrong)
+
+
+async def test_a_form_of_the_answer_leaves_room_for_calls_and_reasoning(client: Client, pipeline: FakePipeline) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "required": ["k"]}}}
+    await plain(client, response_format=form)
+    both = pipeline.submitted[-1]["params"].grammar
+    for right in ('{"k": 1}', CALL, "<think>hm</think>\n" + CALL, '<think>hm</think>{"k": 1}'):
+        assert matches(both, right)
+    assert not matches(both, "hello")
+    await plain(client, tools=None, response_format=form)
+    alone = pipeline.submitted[-1]["params"].grammar
+    assert matches(alone, '<think>hm</think>{"k": 1}')
+    assert not matches(alone, CALL)
+    pipeline.text = "<think>"
+    choice = await plain(client, guided_choice=["<think>", "b"])
+    assert choice["message"]["content"] == "<think>"
+
+
+@pytest.mark.parametrize("template", [MISTRAL, MISTRAL + "{# [ARGS] #}", LLAMA3])
+async def test_every_format_has_its_grammar(template: str) -> None:
+    pipeline = FakePipeline(tiny_model(card=card(template), max_model_len=4096))
+    args = "{# [ARGS] #}" in template
+    one, two = {
+        MISTRAL: ('[{"name": "get_weather", "arguments": %s}', ', {"name": "get_time", "arguments": {}}'),
+        LLAMA3: ('{"name": "get_weather", "parameters": %s}', '; {"name": "get_time", "parameters": {}}'),
+    }.get(template, ("get_weather[ARGS]%s", "[TOOL_CALLS]get_time[ARGS]{}"))
+    start, end = ("" if template is LLAMA3 else "[TOOL_CALLS]", "]" if template == MISTRAL else "")
+    pipeline.text = start + one % PARIS + two + end
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+    async with AsyncTestClient(make_app(pipeline)) as client:
+        choice = await plain(client, tool_choice="required")
+        assert taken(choice)["calls"] == [["get_weather", PARIS], ["get_time", "{}"]]
+        forced = pipeline.submitted[-1]["params"].grammar
+        await plain(client, tools=[strict, CLOCK])
+        free = pipeline.submitted[-1]["params"].grammar
+    broken = pipeline.text.replace("city", "town")
+    for grammar in (forced, free):
+        assert matches(grammar, pipeline.text)
+        assert not matches(grammar, broken)
+    assert matches(free, "Hello, world.")
+    assert not matches(forced, "Hello, world.")
+    assert args or "[ARGS]" not in forced.source
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
