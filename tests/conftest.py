@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a real Redis on a socket of its own."""
+"""For all tests: a real Redis on a socket of its own, and an option."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import pytest
 from support.redis_server import RedisServer
 
 from fleet.redis_client import Redis, connect
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--schemas 5000`: a long run of the structured output suite."""
+    parser.addoption("--schemas", type=int, default=330, help="how many generated JSON schemas are answered")
 
 
 @pytest.fixture(scope="session")

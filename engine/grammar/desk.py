@@ -15,15 +15,16 @@ from threading import Lock
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from llguidance import LLExecutor
 
 from engine.errors import EngineError
-from engine.grammar.matcher import MaskWords, Matcher, Standing
+from engine.grammar.matcher import MaskWords, Matcher, Standing, fill
 from engine.grammar.vocabulary import Vocabulary
 from engine.plan import Complete, Failed, Sampled
 from engine.sequence import Sequence
 from fleet.types import Grammar
 
-NUM_THREADS = 2  # one for masks, one that may compile meanwhile
+NUM_THREADS = 2  # one for masks, one that may compile meanwhile; and two that share the masks of a large batch
 MAX_COMPILED = 128  # grammars kept; each is some tens of KiB until it is followed
 
 
@@ -74,6 +75,7 @@ class GrammarDesk:
 
     def __init__(self, files: Mapping[str, bytes], vocab_size: int) -> None:
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
+        self._executor = LLExecutor(num_threads=NUM_THREADS)
         self._files = files
         self._vocab_size = vocab_size
         self._vocabulary: Future[Vocabulary] | None = None
@@ -123,15 +125,23 @@ class GrammarDesk:
 
     def _fill(self, rows: list[Masked]) -> MaskWords:
         masks: MaskWords = np.full((len(rows), self._num_words()), -1, dtype=np.int32)
-        for masked, words in zip(rows, masks, strict=True):
+        followed: list[tuple[Matcher, int]] = []
+        for place, masked in enumerate(rows):
             try:
                 masked.matcher = self._matcher(masked.sequence)
-                if masked.matcher.fill(words, masked.sequence.params.stop_token_ids) is Standing.COMPLETE:
+                followed.append((masked.matcher, place))
+            except EngineError as error:
+                masked.outcome = _failed(error)
+        fill(self._executor, followed, masks)
+        for matcher, place in followed:
+            masked = rows[place]
+            try:
+                if matcher.stand(masks[place], masked.sequence.params.stop_token_ids) is Standing.COMPLETE:
                     masked.outcome = Complete()
             except EngineError as error:
-                masked.outcome = Failed(f"the grammar of this request cannot be followed: {error}")
+                masked.outcome = _failed(error)
             if masked.outcome is not None:
-                words.fill(-1)
+                masks[place] = -1
         return masks
 
     def _num_words(self) -> int:
@@ -150,3 +160,7 @@ class GrammarDesk:
             self._matchers[sequence] = matcher
         matcher.follow(sequence.token_ids[sequence.prompt_len :])
         return matcher
+
+
+def _failed(error: EngineError) -> Failed:
+    return Failed(f"the grammar of this request cannot be followed: {error}")

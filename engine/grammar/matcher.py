@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 
 from engine.errors import GrammarRejected
 from engine.grammar.vocabulary import Vocabulary
@@ -67,20 +67,19 @@ class Matcher:
         self._num_consumed = len(output_ids)
         self.check()
 
-    def fill(self, words: MaskWords, stop_token_ids: Many[int]) -> Standing:
-        """Write the mask of the next token, bit `i % 32` of word `i // 32` for id `i`. Releases the interpreter lock.
+    def stand(self, words: MaskWords, stop_token_ids: Many[int]) -> Standing:
+        """Finish a mask of `fill`, and say whether there is a token left to choose.
 
         Stop ids that are control tokens are allowed exactly where the output so far is a match; those that are text
         (a client may name any) follow the grammar like other text. The model's end-of-sequence ids are not allowed
         where they are not stop ids.
 
         Args:
-            words: [num_words] int32, contiguous; overwritten.
+            words: [num_words] int32, as filled for this matcher; mutated.
             stop_token_ids: of the sequence.
 
         Raises: GrammarRejected if the grammar proves too large to follow, or leads nowhere.
         """
-        self._library.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         self.check()
         for token_id in self._vocabulary.eos_ids:
             _set(words, token_id, allowed=False)
@@ -105,6 +104,21 @@ class Matcher:
         """Raises: GrammarRejected if the library has given up on this matcher."""
         if self._library.is_error():
             raise GrammarRejected(short(self._library.get_error().partition("<state>")[0]))
+
+
+def fill(executor: LLExecutor, matchers: Many[tuple[Matcher, int]], masks: MaskWords) -> None:
+    """Write the masks of several matchers, bit `i % 32` of word `i // 32` for id `i`; see `Matcher.stand`.
+
+    One call without the interpreter lock, since taking it back once per row would cost more than the masks.
+
+    Args:
+        executor: its threads share the work.
+        matchers: each with its row in `masks`.
+        masks: [C, num_words] int32, contiguous; the rows named are overwritten.
+    """
+    if matchers:
+        libraries = [(matcher._library, row) for matcher, row in matchers]  # noqa: SLF001 - of this module
+        executor.unsafe_compute_mask_ptr(libraries, masks.ctypes.data, masks.shape[1] * masks.itemsize, len(masks))
 
 
 def _set(words: MaskWords, token_id: int, *, allowed: bool) -> None:

@@ -87,17 +87,17 @@ async def format_grammar(chosen: ResponseFormat | OutputFormat | None, *, param:
 
 async def schema_grammar(schema: Mapping[str, Any], *, param: str) -> Grammar:
     """A grammar whose matches are the JSON texts that satisfy `schema`."""
-    grammar = Grammar(GrammarKind.JSON_SCHEMA, msgspec.json.encode(schema).decode())
-    if len(grammar.source) > MAX_SCHEMA_CHARS:
-        raise _bad(f"The schema has {len(grammar.source)} characters; at most {MAX_SCHEMA_CHARS} are supported.", param)
+    num_chars = len(msgspec.json.encode(schema))
+    if num_chars > MAX_SCHEMA_CHARS:
+        raise _bad(f"The schema has {num_chars} characters; at most {MAX_SCHEMA_CHARS} are supported.", param)
     try:
-        if len(grammar.source) <= INLINE_CHARS:
+        if num_chars <= INLINE_CHARS:
             check_schema(schema)
         else:
             await asyncio.to_thread(check_schema, schema)
     except SchemaProblem as error:
         raise _bad(f"The JSON schema cannot be served: {error}.", param) from error
-    return await checked(grammar, param=param)
+    return await checked(Grammar(GrammarKind.JSON_SCHEMA, meaning.schema_source(schema)), param=param)
 
 
 async def checked(grammar: Grammar, *, param: str) -> Grammar:

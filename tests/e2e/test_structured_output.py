@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from support.fleet import DEMO, Fleet
+from support.fleet import DEMO, Fleet, until
 from support.json_schemas import BY_HAND, check, generated, objects
 from support.redis_server import RedisServer
 
@@ -156,12 +156,12 @@ async def test_a_constrained_stream_outlives_its_worker(fleet: Fleet, signum: si
         for text in undisturbed:
             check(NUMBERS, text)
         replays = fleet.metric("baton_replays_total")
-        chunks = asyncio.Semaphore(0)
+        chunks: asyncio.Queue[str] = asyncio.Queue()
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(numbers(client, seed, seen=chunks.release)) for seed in range(4)]
+            running = [tasks.create_task(numbers(client, seed, seen=chunks.put_nowait)) for seed in range(4)]
             for _ in range(80):
-                await chunks.acquire()
-            victim = fleet.forget(next(name for name in fleet.services if name.startswith("decode")))
+                request_id = await chunks.get()
+            victim = fleet.forget(await asyncio.to_thread(decode_worker_of, fleet, request_id))
             await asyncio.to_thread(victim.stop, signum)
         assert [task.result() for task in running] == undisturbed
         if signum == signal.SIGKILL:
@@ -170,14 +170,25 @@ async def test_a_constrained_stream_outlives_its_worker(fleet: Fleet, signum: si
     await asyncio.to_thread(fleet.wait_ready, decode=2)
 
 
-async def numbers(client: openai.AsyncOpenAI, seed: int, *, seen: Callable[[], object] = lambda: None) -> str:
+def decode_worker_of(fleet: Fleet, request_id: str) -> str:
+    """Who decodes the request; known some milliseconds after it is true."""
+
+    def find() -> str | None:
+        hops = httpx.get(f"{fleet.url}/v1/requests/{request_id}").json().get("hops", [])
+        return next((hop["worker"] for hop in hops if hop["role"] == "decode"), None)
+
+    found: str = until(find, within_s=5, what="the request is decoded")
+    return found
+
+
+async def numbers(client: openai.AsyncOpenAI, seed: int, *, seen: Callable[[str], object] = lambda _: None) -> str:
     stream = await client.chat.completions.create(
         model="demo", messages=ASK, temperature=1.0, seed=seed, stream=True, response_format=named(NUMBERS)
     )
     text = ""
     async for chunk in stream:
         text += chunk.choices[0].delta.content or ""
-        seen()
+        seen(chunk.id)
     return text
 
 
