@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch.nn import functional
 
 from engine.attention import attend
 from engine.inputs import AttentionInputs, InputShape, StepInputs, TableRow, gather_plan
+from engine.rope import rotate
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
 
@@ -36,26 +37,43 @@ class Backend(Protocol):
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up` of `[T, 2 * I]`, `[T, I]`. May overwrite its argument."""
 
-    def write_pages(self, layer: torch.Tensor, keys_values: torch.Tensor, inputs: StepInputs) -> None:
-        """Store this step's keys and values in their slots. Mutates `layer`.
+    def plan_rotation(self, angles: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs) -> object:
+        """Turn a step's cosines and sines, each `[T, 1, D / 2]`, into what `rotate_and_write` reads, once per step."""
+
+    def rotate_and_write(
+        self,
+        qkv: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+        rotation: object,
+        layer: torch.Tensor,
+        inputs: StepInputs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Norm (where weights are given) and rotate queries and keys; store keys and values in their slots.
 
         Args:
-            layer: [N, 2, Hkv, P, D], one layer's share of the pool, pages strided.
-            keys_values: [T, 2, Hkv, D].
+            qkv: [T, (Hq + 2 * Hkv) * D], queries first, then keys, then values; may be overwritten.
+            norms: of queries and keys, [D] each.
+            eps: of the norms.
+            rotation: what `plan_rotation` made.
+            layer: [N, 2, Hkv, P, D], one layer's share of the pool, pages strided; mutated.
             inputs: names the slots.
+
+        Returns:
+            Rotated queries [T, Hq, D], and the keys and values [T, 2, Hkv, D] for a backend whose attention reads them.
         """
 
     def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> object:
         """Turn a step's rows into what `attention` reads, once per step and window; what that is, only it knows."""
 
     def attention(
-        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: object
+        self, queries: torch.Tensor, keys_values: torch.Tensor | None, layer: torch.Tensor, inputs: object
     ) -> torch.Tensor:
         """Causal attention of each token over its own sequence, this step's tokens included.
 
         Args:
             queries: [T, Hq, D], rotated.
-            keys_values: [T, 2, Hkv, D], as already written to pages.
+            keys_values: what `rotate_and_write` returned; it lies in pages already.
             layer: [N, 2, Hkv, P, D].
             inputs: what `plan_attention` made of the step's rows for this layer's window.
 
@@ -88,17 +106,41 @@ class TorchBackend:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
-    def write_pages(self, layer: torch.Tensor, keys_values: torch.Tensor, inputs: StepInputs) -> None:
-        """One scatter over both."""
+    def plan_rotation(self, angles: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs) -> object:
+        """As they are."""
+        del inputs
+        return angles
+
+    def rotate_and_write(
+        self,
+        qkv: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+        rotation: object,
+        layer: torch.Tensor,
+        inputs: StepInputs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Operation by operation, then one scatter of keys and values together."""
+        num_kv_heads, head_dim = layer.shape[2], layer.shape[4]
+        num_tokens, kv_size = qkv.shape[0], 2 * num_kv_heads * head_dim
+        queries = qkv[:, :-kv_size].view(num_tokens, -1, head_dim)
+        keys_values = qkv[:, -kv_size:].view(num_tokens, 2, num_kv_heads, head_dim)
+        keys = keys_values[:, 0]
+        if norms is not None:
+            queries, keys = self.rms_norm(queries, norms[0], eps), self.rms_norm(keys, norms[1], eps)
+        cos, sin = cast("tuple[torch.Tensor, torch.Tensor]", rotation)
+        keys_values[:, 0] = rotate(keys, cos, sin)
         layer[inputs.page_ids, :, :, inputs.offsets] = keys_values
+        return rotate(queries, cos, sin), keys_values
 
     def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> object:
         """Groups and chunks, see `engine.inputs`."""
         return gather_plan(rows, window, shape)
 
     def attention(
-        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: object
+        self, queries: torch.Tensor, keys_values: torch.Tensor | None, layer: torch.Tensor, inputs: object
     ) -> torch.Tensor:
         """See `engine.attention`."""
         assert isinstance(inputs, AttentionInputs)  # noqa: S101 - made by `plan_attention` of this very backend
+        assert keys_values is not None  # noqa: S101 - likewise by `rotate_and_write`
         return attend(queries, keys_values, layer, inputs)

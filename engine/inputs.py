@@ -85,7 +85,8 @@ class StepInputs:
         token_ids, positions: [T] int64.
         rope_lengths: [T] int64, the length that a token's rotary base follows: the prompt's for a token of the
             prompt, else the length that ends with the token.
-        page_ids, offsets: [T] int64, the slot that takes each token's keys and values.
+        page_ids, offsets, slots: [T] int64, the slot that takes each token's keys and values: its page, its place in
+            it, and both in one number.
         attention: by window, what the backend's `plan_attention` made of the rows.
         sampled_tokens: [R] int64, index among T of the last token of each sampling row.
     """
@@ -95,6 +96,7 @@ class StepInputs:
     rope_lengths: torch.Tensor
     page_ids: torch.Tensor
     offsets: torch.Tensor
+    slots: torch.Tensor
     attention: dict[int | None, object]
     sampled_tokens: torch.Tensor
 
@@ -140,6 +142,7 @@ def build_inputs(rows: Many[Row], shape: InputShape, plan_attention: PlanAttenti
     pages = [
         table[positions[begin:end] // shape.page_size] for table, begin, end in zip(tables, begins, ends, strict=True)
     ]
+    page_ids = np.concatenate(pages)
     prompt_lens = np.repeat([row.sequence.prompt_len for row in rows], counts)
     sampling = np.array([row.sample for row in rows])
     table_rows = [
@@ -150,8 +153,9 @@ def build_inputs(rows: Many[Row], shape: InputShape, plan_attention: PlanAttenti
         token_ids=_tensor(token_ids, shape),
         positions=_tensor(positions, shape),
         rope_lengths=_tensor(np.maximum(prompt_lens, positions + 1), shape),
-        page_ids=_tensor(np.concatenate(pages), shape),
+        page_ids=_tensor(page_ids, shape),
         offsets=_tensor(positions % shape.page_size, shape),
+        slots=_tensor(page_ids * shape.page_size + positions % shape.page_size, shape),
         attention={window: plan_attention(table_rows, window, shape) for window in shape.windows},
         sampled_tokens=_tensor(ends[sampling] - 1, shape),
     )

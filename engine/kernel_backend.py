@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from engine.backend import TorchBackend
-from engine.inputs import InputShape, TableRow
+from engine.inputs import InputShape, StepInputs, TableRow
 from engine.kernels.decode_plan import DecodePlan, plan_decode
 from engine.kernels.paged_decode_attention import paged_decode_attention
 from engine.kernels.paged_prefill_attention import PrefillPlan, paged_prefill_attention, plan_prefill
 from engine.kernels.rms_norm import rms_norm
+from engine.kernels.rotary_page_write import rotary_page_write
 from engine.kernels.silu_mul import silu_mul
 
 _PROGRAMS_PER_PROCESSOR = 2
@@ -33,8 +34,17 @@ class PagedAttention:
     plan: DecodePlan | PrefillPlan
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """A step's rotary angles and slots, as `rotary_page_write` takes them: [T, D], [T], [T]."""
+
+    angles: torch.Tensor
+    rows: torch.Tensor
+    slots: torch.Tensor
+
+
 class KernelBackend(TorchBackend):
-    """`TorchBackend` with norms, activation and attention in Triton; matrices stay cuBLAS's.
+    """`TorchBackend` with norms, activation, rotation, page writes and attention in Triton; matrices stay cuBLAS's.
 
     Args:
         group: query heads that share a key head.
@@ -70,8 +80,40 @@ class KernelBackend(TorchBackend):
             plan = plan_prefill(counts, starts, group=self._group, window=window, device=shape.device)
         return PagedAttention(torch.from_numpy(tables).to(shape.device), plan)
 
+    def plan_rotation(self, angles: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs) -> Rotation:
+        """One table of the step's own angles, and slots."""
+        table = torch.cat(angles, dim=-1).squeeze(1)  # [T, D]
+        rows = torch.arange(table.shape[0], device=table.device)
+        return Rotation(table, rows, inputs.slots)
+
+    def rotate_and_write(
+        self,
+        qkv: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+        rotation: object,
+        layer: torch.Tensor,
+        inputs: StepInputs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In one launch; attention reads pages alone."""
+        del inputs
+        assert isinstance(rotation, Rotation)  # noqa: S101 - made by `plan_rotation` of this very backend
+        num_kv_heads, head_dim = layer.shape[2], layer.shape[4]
+        queries = rotary_page_write(
+            qkv,
+            rotation.angles,
+            rotation.rows,
+            rotation.slots,
+            layer,
+            num_heads=qkv.shape[1] // head_dim - 2 * num_kv_heads,
+            query_norm=None if norms is None else norms[0],
+            key_norm=None if norms is None else norms[1],
+            eps=eps,
+        )
+        return queries, None
+
     def attention(
-        self, queries: torch.Tensor, keys_values: torch.Tensor, layer: torch.Tensor, inputs: object
+        self, queries: torch.Tensor, keys_values: torch.Tensor | None, layer: torch.Tensor, inputs: object
     ) -> torch.Tensor:
         """From the pages alone, this step's tokens included."""
         del keys_values

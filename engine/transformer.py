@@ -14,7 +14,7 @@ from torch.nn import functional
 from engine.backend import Backend, Linear
 from engine.inputs import StepInputs
 from engine.model_config import ModelConfig
-from engine.rope import Rotary, rotate
+from engine.rope import Rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,10 @@ class Transformer:
             [T, E] before the final norm.
         """
         hidden = functional.embedding(inputs.token_ids, self.embedding)
-        cos, sin = self.rotary.cos_sin(inputs.positions, inputs.rope_lengths, hidden.dtype)
+        angles = self.rotary.cos_sin(inputs.positions, inputs.rope_lengths, hidden.dtype)
+        rotation = self.backend.plan_rotation(angles, inputs)
         for index, layer in enumerate(self.layers):
-            attended = self._attention(layer, hidden, pool[:, index], inputs, (cos, sin))
+            attended = self._attention(layer, hidden, pool[:, index], inputs, rotation)
             hidden = hidden + attended
             normed = self.backend.rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)
             hidden = hidden + layer.down(self.backend.gated_silu(layer.gate_up(normed)))
@@ -93,21 +94,15 @@ class Transformer:
         hidden: torch.Tensor,
         layer_pool: torch.Tensor,
         inputs: StepInputs,
-        rotation: tuple[torch.Tensor, torch.Tensor],
+        rotation: object,
     ) -> torch.Tensor:
         """One attention sublayer, `[T, E]` -> `[T, E]`; writes this step's pages first."""
         config, backend = self.config, self.backend
-        num_tokens, q_size = hidden.shape[0], config.num_heads * config.head_dim
         normed = backend.rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
         qkv = layer.qkv(normed)
-        queries = qkv[:, :q_size].view(num_tokens, config.num_heads, config.head_dim)
-        keys_values = qkv[:, q_size:].view(num_tokens, 2, config.num_kv_heads, config.head_dim)
-        keys = keys_values[:, 0]
+        norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
-            queries = backend.rms_norm(queries, layer.query_norm, config.rms_norm_eps)
-            keys = backend.rms_norm(keys, layer.key_norm, config.rms_norm_eps)
-        queries = rotate(queries, *rotation)
-        keys_values[:, 0] = rotate(keys, *rotation)
-        backend.write_pages(layer_pool, keys_values, inputs)
+            norms = layer.query_norm, layer.key_norm
+        queries, keys_values = backend.rotate_and_write(qkv, norms, config.rms_norm_eps, rotation, layer_pool, inputs)
         attended = backend.attention(queries, keys_values, layer_pool, inputs.attention[layer.window])
         return layer.output(attended)
