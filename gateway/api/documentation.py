@@ -71,17 +71,25 @@ def body_of(body: type[msgspec.Struct]) -> type[Operation]:
     return DocumentedOperation
 
 
-def answers(success: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
-    """The documented answers of a handler."""
-    described = {
-        400: "The request is wrong; `param` names the field",
-        401: "No API key, or not one of ours",
-        404: "No such model",
-        429: "Too much for now; see `retry-after`",
-        503: "Nobody can serve this now; see `retry-after`",
-    }
+_FAILURES = {
+    400: "The request is wrong; `param` names the field",
+    401: "No API key, or not one of ours",
+    404: "No such model, or none that this key may use",
+    429: "Too much for now; see `retry-after`",
+    503: "Nobody can serve this now; see `retry-after`",
+}
+_RARER_FAILURES = {
+    403: "This API key may not do that",
+    409: "It is under way already",
+    413: "The body is too large",
+    415: "The body is not declared as JSON",
+}
+
+
+def answers(success: type[msgspec.Struct], *rarer: int) -> dict[int, ResponseSpec]:
+    """The documented answers of a handler: success, the usual failures, and the rarer ones named."""
     specs = {200: ResponseSpec(success, generate_examples=False, description="Success")}
-    for status, description in described.items():
+    for status, description in {**_FAILURES, **{status: _RARER_FAILURES[status] for status in rarer}}.items():
         specs[status] = ResponseSpec(ErrorBody, generate_examples=False, description=description)
     return specs
 
@@ -95,7 +103,9 @@ def openapi_config(version: str) -> OpenAPIConfig:
         description="OpenAI-compatible API of a disaggregated language-model server.",
         components=Components(security_schemes={"apiKey": bearer}),
         security=[{"apiKey": []}],
-        openapi_router=Router("/schema", route_handlers=[], opt={OPEN: True}, after_request=_plain_not_found),
+        openapi_router=Router(
+            "/schema", route_handlers=[], opt={OPEN: True}, include_in_schema=False, after_request=_plain_not_found
+        ),
         render_plugins=[
             PlainPage(path="/"),
             JsonRenderPlugin(),

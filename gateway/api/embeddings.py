@@ -41,7 +41,7 @@ _DECODER = msgspec.json.Decoder(EmbeddingRequest)
     summary="Texts to vectors",
     tags=["OpenAI"],
     operation_class=body_of(EmbeddingRequest),
-    responses=answers(Embeddings),
+    responses=answers(Embeddings, 413, 415),
 )
 async def embeddings(request: AnyRequest, api: Api) -> Response[bytes]:
     """Pool the model's final hidden states of each input into one vector."""

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from urllib.parse import unquote
 
 import msgspec
-from litestar import Response, get, post
+from litestar import Response, post
 from litestar.params import FromPath
 from litestar.types import Receive
 
@@ -35,6 +35,7 @@ from gateway.api.responses import (
     ModelList,
     Tokenized,
 )
+from gateway.api.routes import readable
 from gateway.api.sse import EventStream, StreamedAnswer
 from gateway.api.text_prompt import text_prompt_ids
 from gateway.api.tools import check_served, tool_use
@@ -53,7 +54,7 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
     summary="Answer a conversation",
     tags=["OpenAI"],
     operation_class=body_of(ChatCompletionRequest),
-    responses=answers(ChatCompletion),
+    responses=answers(ChatCompletion, 409, 413, 415),
 )
 async def chat_completions(request: AnyRequest, api: Api) -> Response[bytes]:
     """Apply the model's chat template and generate; with `stream`, as server-sent events."""
@@ -68,7 +69,7 @@ async def chat_completions(request: AnyRequest, api: Api) -> Response[bytes]:
     summary="Continue a text",
     tags=["OpenAI"],
     operation_class=body_of(CompletionRequest),
-    responses=answers(Completion),
+    responses=answers(Completion, 409, 413, 415),
 )
 async def completions(request: AnyRequest, api: Api) -> Response[bytes]:
     """Generate from text or token ids; with `stream`, as server-sent events."""
@@ -78,7 +79,7 @@ async def completions(request: AnyRequest, api: Api) -> Response[bytes]:
     return await _answer(api, job, request, plain_completion, streamed_completion)
 
 
-@get("/v1/models", summary="List models", tags=["OpenAI"], responses=answers(ModelList))
+@readable("/v1/models", summary="List models", tags=["OpenAI"], responses=answers(ModelList))
 async def list_models(request: AnyRequest, api: Api) -> Response[bytes]:
     """Every name that can be put in `model`."""
     key = caller_key(request)
@@ -94,7 +95,7 @@ async def list_models(request: AnyRequest, api: Api) -> Response[bytes]:
     )
 
 
-@get("/v1/models/{model_id:path}", summary="Describe a model", tags=["OpenAI"], responses=answers(ModelEntry))
+@readable("/v1/models/{model_id:path}", summary="Describe a model", tags=["OpenAI"], responses=answers(ModelEntry))
 async def get_model(request: AnyRequest, api: Api, model_id: FromPath[str]) -> Response[bytes]:
     """One entry of the list. The id may be percent-encoded or not."""
     del model_id  # normalised as a path by the router; the raw path says what was meant
@@ -109,7 +110,7 @@ async def get_model(request: AnyRequest, api: Api, model_id: FromPath[str]) -> R
     summary="Text or messages to token ids",
     tags=["vLLM"],
     operation_class=body_of(TokenizeRequest),
-    responses=answers(Tokenized),
+    responses=answers(Tokenized, 413, 415),
 )
 async def tokenize(request: AnyRequest, api: Api) -> Response[bytes]:
     """The ids that a completion of the same `prompt` or `messages` would be computed from."""
@@ -147,7 +148,7 @@ async def tokenize(request: AnyRequest, api: Api) -> Response[bytes]:
     summary="Token ids to text",
     tags=["vLLM"],
     operation_class=body_of(DetokenizeRequest),
-    responses=answers(Detokenized),
+    responses=answers(Detokenized, 413, 415),
 )
 async def detokenize(request: AnyRequest, api: Api) -> Response[bytes]:
     """The text of the ids, special tokens included."""

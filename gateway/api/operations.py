@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from litestar import Response, get
+from litestar import Response
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 from prometheus_client import CollectorRegistry
@@ -14,6 +14,7 @@ from gateway.api.context import Api, ApiContext
 from gateway.api.documentation import answers
 from gateway.api.replies import json_reply
 from gateway.api.responses import ErrorObject
+from gateway.api.routes import readable
 from gateway.errors import retry_after
 
 Registry = NamedDependency[SkipValidation[CollectorRegistry]]
@@ -42,13 +43,13 @@ class Health(msgspec.Struct):
     error: ErrorObject | None = None
 
 
-@get("/health/live", opt={OPEN: True}, summary="Is the process alive", tags=["Operations"])
+@readable("/health/live", opt={OPEN: True}, summary="Is the process alive", tags=["Operations"])
 async def live() -> Liveness:
     """200 as long as the gateway answers at all."""
     return Liveness()
 
 
-@get(
+@readable(
     ["/health/ready", "/health"],
     opt={OPEN: True},
     summary="Can requests be served",
@@ -63,7 +64,7 @@ async def ready(api: Api) -> Response[bytes]:
     return json_reply(health, status=503, headers=retry_after(1))
 
 
-@get("/metrics", opt={OPEN: True}, summary="Prometheus metrics", tags=["Operations"], media_type="text/plain")
+@readable("/metrics", opt={OPEN: True}, summary="Prometheus metrics", tags=["Operations"], media_type="text/plain")
 async def metrics(registry: Registry) -> Response[bytes]:
     """Metrics of this gateway and, through their heartbeats, of all workers."""
     return Response(content=generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from litestar import Response, get
+from litestar import Response
 from litestar.di import NamedDependency
 from litestar.params import FromPath, SkipValidation
 
@@ -13,6 +13,7 @@ from fleet.request_status import RequestStatus
 from gateway.api.context import require_admin
 from gateway.api.documentation import answers
 from gateway.api.replies import AnyRequest, json_reply
+from gateway.api.routes import readable
 from gateway.errors import Unavailable, UnknownRequest
 
 MAX_ID_CHARS = 128
@@ -37,7 +38,7 @@ class NoStatuses:
 Statuses = NamedDependency[SkipValidation[RequestStatuses]]
 
 
-@get(
+@readable(
     "/v1/requests/{request_id:str}",
     summary="Where a request is and has been",
     tags=["Baton"],

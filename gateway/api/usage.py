@@ -6,7 +6,7 @@ import time
 from typing import Annotated, Literal
 
 import msgspec
-from litestar import Response, get
+from litestar import Response
 from litestar.params import QueryParameter
 
 from fleet.redis_client import UNAVAILABLE
@@ -14,6 +14,7 @@ from fleet.usage import BUCKETS, UsageRow, bucketed, of_key, span
 from gateway.api.context import Api, caller_key
 from gateway.api.documentation import answers
 from gateway.api.replies import AnyRequest, json_reply
+from gateway.api.routes import readable
 from gateway.errors import InvalidRequest, NotAllowed, Unavailable
 
 
@@ -40,7 +41,12 @@ class UsageReport(msgspec.Struct):
     object: Literal["usage"] = "usage"
 
 
-@get("/v1/usage", summary="Tokens and requests per key, model and hour", tags=["Baton"], responses=answers(UsageReport))
+@readable(
+    "/v1/usage",
+    summary="Tokens and requests per key, model and hour",
+    tags=["Baton"],
+    responses=answers(UsageReport, 403),
+)
 async def list_usage(
     request: AnyRequest,
     api: Api,
