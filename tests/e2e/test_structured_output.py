@@ -134,7 +134,7 @@ async def test_fifty_schemas_at_once_through_http(fleet: Fleet) -> None:
         answers = await asyncio.gather(
             *(
                 client.completions.create(
-                    model="demo", prompt="Answer: ", temperature=1.5, seed=seed, max_tokens=200,
+                    model="demo", prompt="Answer: ", temperature=1.5, seed=seed, max_tokens=300,
                     extra_body={"response_format": named(schema)},
                 )
                 for seed, schema in enumerate(schemas)
