@@ -34,6 +34,7 @@ class Greeting:
 
         console.print(Rule(f"Baton serves {self.model}", style="green", align="left"))
         line(f"base URL   {self.api_url}")
+        line(f"chat page  {self.api_url.removesuffix('v1')}")
         line(f"logs       {self.run_dir}")
         line("stop       Ctrl-C (a second one stops at once)")
         if self.new_key:

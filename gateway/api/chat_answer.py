@@ -7,7 +7,7 @@ from msgspec import UNSET
 
 from gateway.api.chunks import PLAIN_END, ChunkFrame
 from gateway.api.jobs import Job, Output, Run
-from gateway.api.logprobs import TokenSpeller, chat_logprobs
+from gateway.api.logprobs import TokenSpeller, chat_logprobs, prompt_logprobs
 from gateway.api.message_parts import MessageParts
 from gateway.api.responses import ChatChoice, ChatCompletion, ChatLogprobs
 from gateway.api.sse import DONE, EventStream, json_text, json_value
@@ -51,6 +51,11 @@ async def plain_chat(run: Run, job: Job, receive: Receive) -> ChatCompletion:
         service_tier=job.service_tier or UNSET,
         metadata=job.metadata or UNSET,
         prompt_token_ids=job.prompts[0] if job.return_token_ids else UNSET,
+        prompt_logprobs=prompt_logprobs(
+            job.prompts[0], run.outputs[0].prompt_logprobs, spell, num_top=job.num_prompt_logprobs
+        )
+        if job.num_prompt_logprobs is not None
+        else UNSET,
     )
 
 

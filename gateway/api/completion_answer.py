@@ -10,7 +10,7 @@ from msgspec import UNSET
 from fleet.types import FinishReason
 from gateway.api.chunks import PLAIN_END, ChunkFrame
 from gateway.api.jobs import Job, Output, Run
-from gateway.api.logprobs import TokenSpeller, completion_logprobs, echoed_logprobs
+from gateway.api.logprobs import TokenSpeller, completion_logprobs, echoed_logprobs, prompt_logprobs
 from gateway.api.responses import Completion, CompletionChoice, CompletionLogprobs
 from gateway.api.sse import DONE, EventStream, json_text, json_value
 from gateway.text.assembler import Piece, TextToken
@@ -38,6 +38,14 @@ async def plain_completion(run: Run, job: Job, receive: Receive) -> Completion:
             logprobs=_logprobs(run, job, index, tokens[index], spell) if job.with_logprobs else None,
             token_ids=[token.token_id for token in tokens[index]] if job.return_token_ids else UNSET,
             prompt_token_ids=job.prompts[index // job.num_samples] if job.return_token_ids else UNSET,
+            prompt_logprobs=prompt_logprobs(
+                job.prompts[index // job.num_samples],
+                _scorer(run, job, index).prompt_logprobs,
+                spell,
+                num_top=job.num_prompt_logprobs,
+            )
+            if job.num_prompt_logprobs is not None
+            else UNSET,
         )
         for place, index in enumerate(_chosen(run, job))
     ]
@@ -68,9 +76,14 @@ def _logprobs(run: Run, job: Job, index: int, tokens: Sequence[TextToken], spell
     lists = completion_logprobs(tokens, spell, num_top=job.num_top_logprobs, base_offset=len(_echo(job, index)))
     if not job.scores_prompts:
         return lists
-    whole = _echoed(job, run.outputs[index], spell)
+    whole = _echoed(job, _scorer(run, job, index), spell)
     whole.extend(lists)
     return whole
+
+
+def _scorer(run: Run, job: Job, index: int) -> Output:
+    """Where nothing is streamed, the first sample of a prompt scores it for all."""
+    return run.outputs[index - index % job.num_samples]
 
 
 def _echoed(job: Job, output: Output, spell: TokenSpeller) -> CompletionLogprobs:

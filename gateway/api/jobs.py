@@ -45,6 +45,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         echo_texts: prompts as text, to be repeated before their outputs; empty without `echo`.
         echo_offsets: of each prompt, where in its text its tokens begin; empty without `scores_prompts`.
         scores_prompts: log-probabilities of the prompts are wanted.
+        num_prompt_logprobs: alternatives per prompt token that vLLM's field of this name reports; None: not reported.
         generates: false for `max_tokens` 0, where nothing is computed but what `scores_prompts` asks for.
         stream, include_usage, return_token_ids, with_logprobs: of the request.
         usage_in_chunks: every chunk tells the usage so far.
@@ -74,6 +75,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     echo_texts: Sequence[str] = ()
     echo_offsets: Sequence[list[int]] = ()
     scores_prompts: bool = False
+    num_prompt_logprobs: int | None = None
     generates: bool = True
     stream: bool = False
     include_usage: bool = False
@@ -95,7 +97,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def computes(self) -> bool:
         """Whether the fleet is needed at all."""
-        return self.generates or self.scores_prompts
+        return self.generates or self.scores_prompts or self.num_prompt_logprobs is not None
 
     @property
     def picks_best(self) -> bool:
@@ -234,7 +236,7 @@ class Run:
         return await self._api.pipeline.submit(
             model=job.model,
             prompt_ids=job.prompts[prompt],
-            params=for_sample(job.params[prompt], sample, seeded=job.seeded),
+            params=for_sample(job.params[prompt], sample, seeded=job.seeded, scores=job.stream),
             request_id=request_id,
             cache_salt=job.cache_salt,
             priority=job.priority,

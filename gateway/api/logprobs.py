@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from fleet.types import TokenLogprob
-from gateway.api.responses import ChatTokenLogprob, CompletionLogprobs, TopTokenLogprob
+from gateway.api.responses import ChatTokenLogprob, CompletionLogprobs, PromptLogprob, PromptLogprobs, TopTokenLogprob
 from gateway.text.assembler import TextToken
 from gateway.text.card import ModelCard
 
@@ -82,6 +82,20 @@ def echoed_logprobs(
         result.tokens.append(text)
         result.token_logprobs.append(None if logprob is None else finite(logprob.logprob))
         result.top_logprobs.append(None if logprob is None else _likeliest(text, logprob, spell, num_top))
+    return result
+
+
+def prompt_logprobs(
+    ids: Sequence[int], logprobs: Sequence[TokenLogprob], spell: TokenSpeller, *, num_top: int
+) -> PromptLogprobs:
+    """VLLM's `prompt_logprobs`: at each place the `num_top` likeliest tokens and the prompt's own."""
+    result: PromptLogprobs = [None]
+    for token_id, logprob in zip(ids[1:], logprobs, strict=False):
+        ranked = [(one.token_id, one.logprob, rank) for rank, one in enumerate(logprob.top[:num_top], start=1)]
+        candidates = {token_id: (logprob.logprob, logprob.rank)} | {one: (value, rank) for one, value, rank in ranked}
+        result.append(
+            {one: PromptLogprob(finite(value), rank, spell(one)[0]) for one, (value, rank) in candidates.items()}
+        )
     return result
 
 

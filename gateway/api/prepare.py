@@ -66,6 +66,7 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
         model,
         max_tokens=max_tokens,
         num_logprobs=num_top if request.logprobs else None,
+        num_prompt_logprobs=request.prompt_logprobs,
         grammar=grammar,
     )
     with_tokens = bool(request.logprobs or request.return_token_ids)
@@ -90,6 +91,7 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
         reads=reads,
         chose_function=use.named,
         num_samples=request.n or 1,
+        num_prompt_logprobs=request.prompt_logprobs,
         seeded=request.seed is not None,
         continues_prompt=bool(request.continue_final_message),
         stream=bool(request.stream),
@@ -122,6 +124,7 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
     num_logprobs = request.logprobs
     if num_logprobs is None and num_samples > num_choices:
         num_logprobs = 0  # the best are chosen by it
+    asked = [num for num in (request.logprobs if request.echo else None, request.prompt_logprobs) if num is not None]
     _check_num_outputs(api, len(sources) * num_samples, param="prompt")
     add_special_tokens = request.add_special_tokens is not False
     prompts = [
@@ -135,7 +138,7 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
             model,
             max_tokens=_completion_limit(model, len(ids), request.max_tokens),
             num_logprobs=num_logprobs,
-            num_prompt_logprobs=request.logprobs if request.echo else None,
+            num_prompt_logprobs=max(asked, default=None),
             grammar=grammar,
         )
         for ids in prompts
@@ -169,6 +172,7 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
         echo_texts=echo if request.echo else (),
         echo_offsets=offsets,
         scores_prompts=scores_prompts,
+        num_prompt_logprobs=request.prompt_logprobs,
         generates=request.max_tokens != 0,
         stream=bool(request.stream),
         include_usage=bool(streaming.include_usage),

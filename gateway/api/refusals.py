@@ -18,7 +18,6 @@ _UNBUILT: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
-    "prompt_logprobs": (),
     "use_beam_search": (False,),
 }
 _UNBUILT_IN_CHAT: dict[str, tuple[object, ...]] = {
@@ -41,6 +40,7 @@ def check_chat(request: ChatCompletionRequest) -> None:
     if request.function_call not in (None, "none", "auto"):
         raise _refused("function_call")
     _refuse_unbuilt(request, _UNBUILT | _UNBUILT_IN_CHAT)
+    _check_prompt_logprobs(request)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value")
     if request.max_tokens == 0:
@@ -53,6 +53,7 @@ def check_chat(request: ChatCompletionRequest) -> None:
 def check_completion(request: CompletionRequest) -> None:
     """Raises: InvalidRequest."""
     _refuse_unbuilt(request, _UNBUILT)
+    _check_prompt_logprobs(request)
     if request.suffix:
         raise _refused("suffix")
     num_samples = request.n or 1
@@ -109,6 +110,12 @@ def _refuse_unbuilt(request: msgspec.Struct, unbuilt: Mapping[str, tuple[object,
         value = getattr(request, name)
         if value is not None and value not in neutral:
             raise _refused(name)
+
+
+def _check_prompt_logprobs(request: ChatCompletionRequest | CompletionRequest) -> None:
+    """As in vLLM, no chunk has a place for them."""
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs", code="invalid_value")
 
 
 def _refused(name: str) -> InvalidRequest:

@@ -102,8 +102,8 @@ class _Sampling(SamplingFields, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     request_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=REQUEST_ID)] | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     # refused by name; see `refusals`
-    prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logits_processors: list[Any] | None = None

@@ -90,6 +90,18 @@ class ChatChoice(msgspec.Struct):
     token_ids: list[int] | UnsetType = UNSET
 
 
+class PromptLogprob(msgspec.Struct):
+    """vLLM's form of a candidate at a place of the prompt; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""By token id, at each place of the prompt; null at the first."""
+
+
 class ChatCompletion(msgspec.Struct):
     """Answer of `/v1/chat/completions`."""
 
@@ -103,6 +115,7 @@ class ChatCompletion(msgspec.Struct):
     service_tier: str | UnsetType = UNSET
     metadata: dict[str, str] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -130,6 +143,7 @@ class CompletionChoice(msgspec.Struct):
     logprobs: CompletionLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct):

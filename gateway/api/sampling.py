@@ -83,12 +83,16 @@ def sampling_params(
     )
 
 
-def for_sample(params: SamplingParams, index: int, *, seeded: bool) -> SamplingParams:
-    """Parameters of sample `index` of a request: the first as they are, the others with seeds of their own."""
+def for_sample(params: SamplingParams, index: int, *, seeded: bool, scores: bool) -> SamplingParams:
+    """Parameters of sample `index` of a request: the first as they are, the others with seeds of their own.
+
+    Unless every sample `scores` the prompt for itself, the first does for all, and the others may reuse its pages.
+    """
     if index == 0:
         return params
     seed = _mix(params.seed, index) if seeded else _seed(None)
-    return msgspec.structs.replace(params, seed=seed)
+    prompt_logprobs = params.prompt_logprobs if scores else None
+    return msgspec.structs.replace(params, seed=seed, prompt_logprobs=prompt_logprobs)
 
 
 def text_options(request: AnyCompletion, params: SamplingParams, *, with_tokens: bool) -> TextOptions:

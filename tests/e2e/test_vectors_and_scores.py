@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -107,6 +108,20 @@ def test_the_best_of_several_samples_comes_first(sdk: openai.OpenAI) -> None:
     assert best.usage is not None
     assert everyone.usage is not None
     assert best.usage.completion_tokens == everyone.usage.completion_tokens
+
+
+def test_vectors_survive_the_death_of_a_prefill_worker(sdk: openai.OpenAI, demo_fleet: Fleet) -> None:
+    texts = [f"{number}. {LONG}" for number in range(40)]
+    ask: dict[str, Any] = {"model": "demo", "input": texts, "extra_body": {"pooling": "mean"}}
+    expected = [entry.embedding for entry in sdk.embeddings.create(**ask).data]
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(sdk.embeddings.create, **ask)
+        until(lambda: demo_fleet.metric("baton_requests_live") > 10, within_s=10, what="the batch is under way")
+        demo_fleet.forget("prefill-1").kill()
+        answer = again.result(timeout=60)
+    for entry, vector in zip(answer.data, expected, strict=True):
+        assert entry.embedding == pytest.approx(vector, abs=1e-5)
+    assert demo_fleet.metric("baton_replays_total", reason="worker_lost") > 0
 
 
 def test_nothing_stays_behind(demo_fleet: Fleet) -> None:

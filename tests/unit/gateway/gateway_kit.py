@@ -244,7 +244,7 @@ class FakePipeline:
 def logprob_of(token_id: int, num_top: int, chosen: float = -0.25) -> TokenLogprob:
     """A made-up log-probability: the token itself is the likeliest."""
     top = [TopLogprob(token_id, -0.25), TopLogprob((token_id + 1) % 300, -1.5), TopLogprob(5, float("-inf"))]
-    return TokenLogprob(chosen, top[:num_top])
+    return TokenLogprob(chosen, top[:num_top], rank=1)
 
 
 def vector_of(ids: Sequence[int]) -> bytes:

@@ -161,6 +161,27 @@ async def test_an_echoed_prompt_is_scored_but_for_its_first_token(
     assert joined(chunks) == choice["text"]
 
 
+async def test_prompt_logprobs_are_reported_as_vllm_does_and_computed_once_per_prompt(
+    client: Client, pipeline: FakePipeline
+) -> None:
+    ids = [5, 6, 7]
+    answer = await ask(client, [ids, [8, 9]], n=2, prompt_logprobs=1)
+    assert [entry["params"].prompt_logprobs for entry in pipeline.submitted] == [1, None, 1, None]
+    assert [len(choice["prompt_logprobs"]) for choice in answer["choices"]] == [3, 3, 2, 2]
+    nothing, *rest = answer["choices"][1]["prompt_logprobs"]
+    assert nothing is None
+    for token_id, entry in zip(ids[1:], rest, strict=True):
+        spelled = tiny_card().detokenizers.token_bytes(token_id).decode()
+        assert entry == {str(token_id): {"logprob": -0.25, "rank": 1, "decoded_token": spelled}}
+    both = await ask(client, ids, echo=True, logprobs=3, prompt_logprobs=0, max_tokens=0)
+    assert pipeline.submitted[-1]["params"].prompt_logprobs == 3
+    assert [len(entry) for entry in both["choices"][0]["prompt_logprobs"][1:]] == [1, 1]
+    messages = [{"role": "user", "content": "hi"}]
+    chat = await client.post("/v1/chat/completions", json={"model": MODEL, "messages": messages, "prompt_logprobs": 0})
+    told = chat.json()["prompt_logprobs"]
+    assert (len(told), told[0]) == (chat.json()["usage"]["prompt_tokens"], None)
+
+
 async def test_a_prompt_is_scored_without_an_answer(client: Client, pipeline: FakePipeline) -> None:
     fields = {"echo": True, "logprobs": 0, "max_tokens": 0}
     answer = await ask(client, ["hi there", "lo"], **fields)
