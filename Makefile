@@ -43,6 +43,10 @@ lint: dev ## all gates but the tests
 chaos: dev ## break a running fleet in every way, 20 times each, and print what its clients felt
 	@PYTHONPATH=tests:. $(VENV)/bin/python -m chaos $(ARGS)
 
+frameworks-test: dev ## install LiteLLM and LangChain into .venv, and test them against a running pipeline
+	@$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[client,dev,frameworks]"
+	@$(VENV)/bin/pytest tests/e2e/test_frameworks.py $(ARGS)
+
 compose-test: dev ## build the image, run the fleet in containers, and kill one under load
 	@$(VENV)/bin/python tests/compose/drive.py $(ARGS)
 
