@@ -55,7 +55,7 @@ async def chat_prompt(
     `continue_final_message` the prompt ends with the last message's text instead of a new message's beginning.
     Raises: InvalidRequest naming the field at fault.
     """
-    template = model.card.template
+    template = model.card.tool_template if tools else model.card.template
     if template is None:
         raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
     for name in variables:

@@ -79,7 +79,7 @@ def check_served(use: ToolUse, model: ServedModel) -> None:
     """Whether the model can be told of functions and its calls be read. Raises: InvalidRequest."""
     if use.mode == "none":
         return
-    template = model.card.template
+    template = model.card.tool_template
     if template is None or "tools" not in template.variables:
         raise _invalid("This model does not call functions: its chat template has no place for 'tools'.", "tools")
     if model.card.syntax.calls is None:

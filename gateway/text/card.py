@@ -41,6 +41,7 @@ class ModelCard:
         detokenizers: ids to text.
         template: None if the model has none (chat is then refused).
         eos_ids: ids that end an answer, from `generation_config.json`, `config.json` and the tokenizer.
+        tool_template: the one for conversations with tools: the same, unless the files have one of its own.
         syntax: how the model writes calls of functions and reasoning.
         think_end_id: id of `</think>` where that is one token of a model that thinks.
         marker_ids: ids of the syntax's markers that are special tokens.
@@ -61,10 +62,12 @@ class ModelCard:
         defaults: SamplingDefaults,
         digest: str,
         syntax: MessageSyntax = MessageSyntax(),  # noqa: B008 (frozen)
+        tool_template: ChatTemplate | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.detokenizers = DetokenizerFactory(tokenizer)
         self.template = template
+        self.tool_template = tool_template or template
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -90,11 +93,14 @@ class ModelCard:
         config = _json_object(files, "config.json")
         generation = _json_object(files, "generation_config.json")
         tokenizer = TextTokenizer(files["tokenizer.json"], tokenizer_config)
-        source = pick_template(tokenizer_config, files.get("chat_template.jinja"))
-        template = None
-        if source is not None:
-            marks = ControlMarks(tokenizer.special_texts)
-            template = ChatTemplate(source, tokenizer.special_tokens, marks)
+        marks = ControlMarks(tokenizer.special_texts)
+        jinja_file = files.get("chat_template.jinja")
+        source = pick_template(tokenizer_config, jinja_file)
+        tool_source = pick_template(tokenizer_config, jinja_file, name="tool_use")
+        template, tool_template = (
+            ChatTemplate(one, tokenizer.special_tokens, marks) if one is not None else None
+            for one in (source, tool_source if tool_source != source else None)
+        )
         return cls(
             tokenizer=tokenizer,
             template=template,
@@ -103,7 +109,8 @@ class ModelCard:
             hidden_size=_size(config, "hidden_size"),
             defaults=_defaults(generation),
             digest=_digest(files),
-            syntax=choice.of(source or ""),
+            syntax=choice.of((source or "") + (tool_source or "")),
+            tool_template=tool_template,
         )
 
 

@@ -199,8 +199,11 @@ def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     return dict(*args, **kwargs)
 
 
-def pick_template(config: Mapping[str, Any], jinja_file: bytes | None) -> str | None:
-    """The template to use: `chat_template.jinja` first, else the one in `tokenizer_config.json`, `default` by name."""
+def pick_template(config: Mapping[str, Any], jinja_file: bytes | None, *, name: str = "default") -> str | None:
+    """The template to use: `chat_template.jinja` first, else the one in `tokenizer_config.json`.
+
+    Older files have several of them by name there, `default` and `tool_use`, say; of those `name` is returned.
+    """
     if jinja_file is not None:
         return jinja_file.decode()
     template = config.get("chat_template")
@@ -208,6 +211,6 @@ def pick_template(config: Mapping[str, Any], jinja_file: bytes | None) -> str | 
         return template
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
-        chosen = named.get("default")
+        chosen = named.get(name)
         return chosen if isinstance(chosen, str) else None
     return None

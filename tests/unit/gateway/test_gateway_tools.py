@@ -299,6 +299,21 @@ async def test_a_template_without_tools_is_a_clear_refusal() -> None:
             assert (await client.post(PATH, json={**body, "tool_choice": "none"})).status_code == 200
 
 
+async def test_a_template_for_tools_is_used_for_them() -> None:
+    files = model_files(byte_level_tokenizer(), None)
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": HERMES}]
+    config = {**json.loads(files["tokenizer_config.json"]), "chat_template": named}
+    model = ModelCard.from_files({**files, "tokenizer_config.json": json.dumps(config).encode()})
+    pipeline = FakePipeline(tiny_model(card=model))
+    pipeline.text = CALL
+    async with AsyncTestClient(make_app(pipeline)) as client:
+        assert taken(await plain(client))["calls"] == [["get_weather", PARIS]]
+        assert taken(await plain(client, tools=None))["content"] == CALL
+    prompts = [model.tokenizer.decode(one["ids"], skip_special_tokens=True) for one in pipeline.submitted]
+    assert "get_weather" in prompts[0]
+    assert prompts[1] == "plain"
+
+
 async def test_markers_that_are_control_tokens_are_seen_by_the_reader_alone() -> None:
     model = card(MISTRAL, "[TOOL_CALLS]")
     pipeline = FakePipeline(tiny_model(card=model))
