@@ -28,6 +28,9 @@ from engine.scheduler import InFlight, SequenceIndex
 from engine.sequence import Phase, Sequence
 from engine.stopping import finished_on_arrival
 
+MAX_PASSED = 64
+"""Waiting prompts that a step passes over at most; those behind them wait too."""
+
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return (sequence.passport.priority, sequence.arrival)
@@ -224,31 +227,34 @@ class PrefillScheduler:
                 return
             elif self._is_being_computed(head):
                 num_passed += 1
+                may_begin = num_passed < MAX_PASSED
             elif self._begin(head):
                 yield head
             else:
                 may_begin = False
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
-        """Whether an earlier sequence is about to fill the first page that the cache lacks for this one."""
+        """Whether the next page that an earlier sequence fills is one that this sequence could take from the cache.
+
+        A page's name stands for all tokens before it too, so the two begin alike. O(running sequences).
+        """
         if not self._cache.enabled:
             return False
-        reusable = self._reusable(sequence)
-        missing = next((at for at, page_hash in enumerate(reusable) if page_hash not in self._cache), None)
-        return missing is not None and any(
-            missing < len(other.page_hashes) and other.page_hashes[missing] == reusable[missing]
-            for other in self._running
-            if _order(other) < _order(sequence)
-        )
+        num_reusable, names = self._num_reusable(sequence), sequence.page_hashes
+        for other in self._running:
+            if _order(other) > _order(sequence):
+                return False
+            place = other.num_computed_tokens // self._pool.page_size
+            if place < min(num_reusable, len(other.page_hashes)) and other.page_hashes[place] == names[place]:
+                return names[place] not in self._cache
+        return False
 
-    def _reusable(self, sequence: Sequence) -> list[bytes]:
-        """Names of the pages that a sequence could take from the cache.
+    def _num_reusable(self, sequence: Sequence) -> int:
+        """Leading pages that a sequence could take from the cache.
 
         The last token is always computed, since its logits are what we are after.
         """
-        if sequence.needs_every_token:
-            return []
-        return sequence.page_hashes[: (len(sequence.token_ids) - 1) // self._pool.page_size]
+        return 0 if sequence.needs_every_token else (len(sequence.token_ids) - 1) // self._pool.page_size
 
     def _begin(self, sequence: Sequence) -> bool:
         """Move a waiting sequence to the running ones with all its pages, or return False."""
@@ -256,7 +262,7 @@ class PrefillScheduler:
             return False
         page_size = self._pool.page_size
         num_tokens = len(sequence.token_ids)
-        cached = self._cache.match(self._reusable(sequence))
+        cached = self._cache.match(sequence.page_hashes[: self._num_reusable(sequence)])
         try:
             fresh = self._pool.allocate(pages_for(num_tokens, page_size) - len(cached))
         except OutOfPages:
