@@ -67,7 +67,7 @@ async def _run(
 ) -> None:
     fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
     departure = Departure(stop, grace_s=settings.drain_timeout_s)
-    engine = opened.over(region.buffer, fingerprint)
+    engine = opened.over(region.buffer, fingerprint, decodes=True)
     limits = DecodeLimits(
         max_model_len=opened.plan.max_model_len,
         max_num_seqs=settings.max_num_seqs,

@@ -21,7 +21,7 @@ from engine.load import LoadedModel, load_model
 from engine.memory import PoolPlan, available_memory_bytes, plan_pool
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
-from engine.runner import ModelRunner
+from engine.runner import DecodeForward, ModelRunner, input_shape
 from fleet import model_files
 from fleet.errors import SettingsError
 from fleet.logs import get_logger
@@ -108,13 +108,14 @@ class OpenModel:
             started_at_s=time.time(),
         )
 
-    def over(self, memory: Any, fingerprint: Fingerprint) -> Engine:
+    def over(self, memory: Any, fingerprint: Fingerprint, *, decodes: bool = False) -> Engine:
         """Lay pool, prefix cache and runner over `memory`, which must outlive them.
 
         Args:
             memory: a writable buffer, an array on the model's CUDA device (`__cuda_array_interface__`), or None for
                 memory of the pool's own.
             fingerprint: of the pages.
+            decodes: steps will mostly be of one token per sequence; on a CUDA device such steps are captured as graphs.
         """
         config, plan = self.model.config, self.plan
         if memory is None:
@@ -139,8 +140,28 @@ class OpenModel:
         cache = PrefixCache(pool, fingerprint, enabled=self.settings.prefix_cache and reusable)
         grammars = GrammarDesk(self.files[1], config.vocab_size)
         grammars.warm()
-        runner = ModelRunner(self.model, tensor, plan.page_size, grammars)
+        graphs = self._graphs(tensor) if decodes and self.model.device.type == "cuda" else None
+        runner = ModelRunner(self.model, tensor, plan.page_size, grammars, graphs)
         return Engine(plan.page_bytes, pool, cache, runner, grammars)
+
+    def _graphs(self, pool: torch.Tensor) -> DecodeForward:
+        from engine.decode_graphs import DecodeGraphs, cuda_capture
+        from engine.kernel_backend import KernelBackend
+
+        transformer, plan = self.model.transformer, self.plan
+        assert isinstance(transformer.backend, KernelBackend)  # noqa: S101 - what `load_model` takes on CUDA devices
+        began_s = time.perf_counter()
+        graphs = DecodeGraphs(
+            transformer,
+            transformer.backend,
+            pool,
+            input_shape(self.model, plan.page_size),
+            max_rows=self.settings.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            capture=cuda_capture(),
+        )
+        _log.info("decode steps captured", max_rows=self.settings.max_num_seqs, s=time.perf_counter() - began_s)
+        return graphs
 
 
 def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenModel:

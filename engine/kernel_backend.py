@@ -19,6 +19,7 @@ from engine.kernels.silu_mul import silu_mul
 
 _PROGRAMS_PER_PROCESSOR = 2
 _INTERPRETED_PROGRAMS = 4
+_GRAPH_PARTS = 16  # of one row at most: what a graph keeps room for, in every row
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,17 @@ class KernelBackend(TorchBackend):
             counts, starts = [row.count for row in rows], [row.start for row in rows]
             plan = plan_prefill(counts, starts, group=self._group, window=window, device=shape.device)
         return PagedAttention(torch.from_numpy(tables).to(shape.device), plan)
+
+    def plan_padded(self, lengths: Many[int], window: int | None, device: torch.device) -> DecodePlan:
+        """A decode plan whose tensors have the same shapes for any lengths of as many rows, as a graph needs them."""
+        return plan_decode(
+            lengths,
+            window=window,
+            num_programs=self._num_programs,
+            device=device,
+            max_parts=_GRAPH_PARTS,
+            capacity=_GRAPH_PARTS * len(lengths),
+        )
 
     def plan_rotation(self, angles: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs) -> Rotation:
         """One table of the step's own angles, and slots."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -26,6 +28,24 @@ class StepTiming:
     num_tokens: int
 
 
+def input_shape(model: LoadedModel, page_size: int) -> InputShape:
+    """What translation into tensors needs to know of a model."""
+    config = model.config
+    return InputShape(
+        page_size=page_size,
+        windows=tuple(dict.fromkeys(config.layer_windows)),
+        layer_token_bytes=2 * config.num_kv_heads * config.head_dim * model.dtype.itemsize,
+        device=model.device,
+    )
+
+
+class DecodeForward(Protocol):
+    """A faster way through the model for steps that only decode; `engine.decode_graphs` has one."""
+
+    def forward(self, rows: Many[Row]) -> torch.Tensor | None:
+        """Logits `[R, V]` float32, or None for steps that it does not serve."""
+
+
 class ModelRunner:
     """Runs step plans of one model over one pool. Implements `engine.plan.Runner`.
 
@@ -36,7 +56,12 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: LoadedModel, pool: torch.Tensor, page_size: int, grammars: GrammarDesk | None = None
+        self,
+        model: LoadedModel,
+        pool: torch.Tensor,
+        page_size: int,
+        grammars: GrammarDesk | None = None,
+        decode: DecodeForward | None = None,
     ) -> None:
         expected = page_shape(model.config, page_size)
         if tuple(pool.shape[1:]) != expected or pool.dtype != model.dtype:
@@ -45,12 +70,8 @@ class ModelRunner:
         self._pool = pool
         self._grammars = grammars or GrammarDesk({}, model.config.vocab_size)
         self._page_size = page_size
-        self._input_shape = InputShape(
-            page_size=page_size,
-            windows=tuple(dict.fromkeys(model.config.layer_windows)),
-            layer_token_bytes=2 * model.config.num_kv_heads * model.config.head_dim * model.dtype.itemsize,
-            device=model.device,
-        )
+        self._decode = decode
+        self._input_shape = input_shape(model, page_size)
         self.last_timing: StepTiming | None = None
 
     def run(self, plan: StepPlan) -> StepOutput:
@@ -70,13 +91,16 @@ class ModelRunner:
         sampling = [at for at in good if plan.rows[at].sample]
         sequences = [plan.rows[at].sequence for at in sampling]
         masks = self._grammars.begin(sequences)  # made on other threads while the model computes
-        inputs = build_inputs(rows, self._input_shape, self._model.transformer.backend.plan_attention)
-        built_s = time.perf_counter()
         scored: dict[int, ScoredPrompt] = {}
-        if any(needs_hidden_states(row) for row in rows):
-            logits = self._forward_with_prompts(plan, good, inputs, results, scored)
-        else:
-            logits = self.forward(inputs)
+        logits = None if self._decode is None else self._decode.forward(rows)
+        built_s = time.perf_counter()
+        if logits is None:
+            inputs = build_inputs(rows, self._input_shape, self._model.transformer.backend.plan_attention)
+            built_s = time.perf_counter()
+            if any(needs_hidden_states(row) for row in rows):
+                logits = self._forward_with_prompts(plan, good, inputs, results, scored)
+            else:
+                logits = self.forward(inputs)
         forwarded_s = time.perf_counter()
         if sampling:
             with torch.inference_mode():
@@ -120,10 +144,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits of the sampling rows, `[R, V]` float32; writes pages. R may be 0.
-
-        A captured graph would replace this call for the shapes that it was captured for.
-        """
+        """Logits of the sampling rows, `[R, V]` float32; writes pages. R may be 0."""
         transformer = self._model.transformer
         hidden = transformer.hidden_states(inputs, self._pool)
         return transformer.logits(hidden[inputs.sampled_tokens])
