@@ -21,6 +21,7 @@ from fleet.redis_client import UNAVAILABLE, Redis
 from gateway.errors import RateLimited
 
 Headers = dict[str, str]
+WINDOW_S = 60.0
 
 
 class RateLimiter:
@@ -114,6 +115,8 @@ class _Counters:
         admitted = limit > 0 and await self._requests.hit(item, key.key_id, "requests")
         stats = await self._requests.get_window_stats(item, key.key_id, "requests")
         wait_s = max(0.0, stats.reset_time - time.time())
+        if wait_s == 0 and stats.remaining < limit:  # a window that begins just now, which the library takes modulo 60
+            wait_s = WINDOW_S
         headers = _headers("requests", limit, stats.remaining, wait_s)
         if not admitted:
             raise RateLimited(

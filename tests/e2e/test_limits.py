@@ -113,6 +113,42 @@ async def test_keys_are_required_as_soon_as_one_exists(fleet: Fleet) -> None:
         assert (await anybody.models.list()).data[0].id == "demo"
 
 
+async def test_keys_meet_their_own_cached_prefixes_alone_and_see_their_own_usage(fleet: Fleet) -> None:
+    redis = connect(fleet.redis.url)
+    keys = KeyRegistry(redis, namespace=fleet.namespace)
+    made = [await keys.create(name, admin=name == "root") for name in ("ann", "bob", "root")]
+    try:
+        await asyncio.sleep(1.5)
+        cached: list[int] = []
+        for who in (0, 0, 1, 1, 0):
+            async with openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key=made[who][1], max_retries=0) as client:
+                answer = await client.completions.create(model="demo", prompt=[7, 8, 9, 10] * 12, max_tokens=1)
+                assert answer.usage is not None
+                assert answer.usage.prompt_tokens_details is not None
+                cached.append(answer.usage.prompt_tokens_details.cached_tokens or 0)
+        assert cached == [0, 32, 0, 32, 32]
+        ann, bob, root = (key.key_id for key, _ in made)
+        async with httpx.AsyncClient(base_url=fleet.url, timeout=10) as http:
+
+            async def report(who: int, **query: str) -> httpx.Response:
+                headers = {"authorization": f"Bearer {made[who][1]}"}
+                return await http.get("/v1/usage", params=query, headers=headers)
+
+            own = (await report(0)).json()["data"]
+            sums = [sum(entry[name] for entry in own) for name in ("requests", "prompt_tokens", "cached_tokens")]
+            assert {entry["key_id"] for entry in own} == {ann}
+            assert sums == [3, 3 * 48, 64]
+            everybodys = {entry["key_id"] for entry in (await report(2)).json()["data"]}
+            assert {ann, bob} <= everybodys
+            assert root not in everybodys
+            assert (await report(0, key_id=bob)).status_code == 403
+    finally:
+        for key, _ in made:
+            await keys.revoke(key.key_id)
+        await redis.aclose()
+    await asyncio.sleep(1.5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
