@@ -362,6 +362,21 @@ async def test_reasoning_is_split_off_and_counted(client: Client, pipeline: Fake
     assert not matches(grammar, "hm <b>\n</think>\n\nYes.")
 
 
+async def test_markers_of_reasoning_that_are_control_tokens() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<think>", special=True), AddedToken("</think>", special=True)])
+    for template, text in ((HERMES, "<think>hm</think>"), (OPENED, "hm</think>")):
+        model = ModelCard.from_files(model_files(tokenizer, template))
+        assert model.think_end_id in model.tokenizer.special_ids
+        pipeline = FakePipeline(tiny_model(card=model, max_model_len=4096))
+        pipeline.text = text + CALL
+        async with AsyncTestClient(make_app(pipeline)) as client:
+            choice = await plain(client, tool_choice="required")
+        assert taken(choice) == {"content": None, "reasoning": "hm", "calls": [["get_weather", PARIS]]}
+        source = pipeline.submitted[-1]["params"].grammar.source
+        assert f"<[{model.think_end_id}]>" in source
+
+
 async def test_the_effort_of_reasoning(client: Client, pipeline: FakePipeline) -> None:
     for fields in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
         await plain(client, tools=None, **fields)
