@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WHITESPACE = r"( |\n[ \t]{0,32})"
 """Allowed once wherever JSON allows whitespace: enough for every usual style, too little to go on without end."""
 
-_NUM_CHECKED = 512
+_NUM_CHECKED = 128
 _NO_LEAP_SECOND = ":[0-5][0-9]:[0-5][0-9]"
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")

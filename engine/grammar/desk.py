@@ -25,7 +25,8 @@ from engine.sequence import Sequence
 from fleet.types import Grammar
 
 NUM_THREADS = 2  # one for masks, one that may compile meanwhile; and two that share the masks of a large batch
-MAX_COMPILED = 128  # grammars kept; each is some tens of KiB until it is followed
+MAX_COMPILED = 128  # grammars kept
+MAX_COMPILED_CHARS = 1_000_000  # and of these sources at most; compiled, the worst take 400 bytes for each character
 
 
 @dataclass(slots=True)
@@ -80,6 +81,7 @@ class GrammarDesk:
         self._vocab_size = vocab_size
         self._vocabulary: Future[Vocabulary] | None = None
         self._compiled: OrderedDict[Grammar, Future[Matcher]] = OrderedDict()
+        self._num_chars = 0  # of all sources in `_compiled`
         self._lock = Lock()
         self._matchers: WeakKeyDictionary[Sequence, Matcher] = WeakKeyDictionary()
 
@@ -114,10 +116,16 @@ class GrammarDesk:
             found = self._compiled.get(grammar)
             if found is None:
                 found = self._compiled[grammar] = self._pool.submit(self._compile_now, grammar)
-                while len(self._compiled) > MAX_COMPILED:
-                    self._compiled.popitem(last=False)
+                self._num_chars += len(grammar.source)
+                self._evict()
             self._compiled.move_to_end(grammar)
             return found
+
+    def _evict(self) -> None:
+        """Forget what was used longest ago, but never the newest."""
+        while len(self._compiled) > MAX_COMPILED or (self._num_chars > MAX_COMPILED_CHARS and len(self._compiled) > 1):
+            oldest, _ = self._compiled.popitem(last=False)
+            self._num_chars -= len(oldest.source)
 
     def _compile_now(self, grammar: Grammar) -> Matcher:
         assert self._vocabulary is not None, "warm comes first"  # noqa: S101 (our own invariant)

@@ -33,6 +33,8 @@ from gateway.api.schema_check import SchemaProblem, check_schema
 from gateway.errors import InvalidRequest
 
 MAX_SCHEMA_CHARS = 262_144
+MAX_GBNF_CHARS = 16_384
+MAX_GBNF_LINES = 400
 INLINE_CHARS = 2048  # what is shorter is checked at once: below a millisecond
 
 ANY_OBJECT = Grammar(GrammarKind.JSON_SCHEMA, '{"type":"object"}')
@@ -146,12 +148,22 @@ def _choice(choices: list[str]) -> Grammar:
 
 
 def _lark(text: str, param: str) -> Grammar:
-    """Lark as it is; GBNF, the EBNF dialect of llama.cpp and vLLM, translated. Raises: InvalidRequest."""
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    """Lark as it is; GBNF, the EBNF dialect of llama.cpp and vLLM, translated. Raises: InvalidRequest.
 
+    The translation takes time by the square of the lines, so there may not be many.
+    """
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+
+    lines = [line for line in text.split("\n") if line.strip()]
+    text = "\n".join(lines)  # blank lines alone would cost both functions minutes
+    if is_lark_syntax(text):
+        return Grammar(GrammarKind.LARK, text)
+    if len(lines) > MAX_GBNF_LINES or len(text) > MAX_GBNF_CHARS:
+        message = f"GBNF is translated up to {MAX_GBNF_LINES} lines and {MAX_GBNF_CHARS} characters; use Lark for more."
+        raise _bad(message, param)
     try:
-        return Grammar(GrammarKind.LARK, any_to_lark(text))
-    except (GbnfToLarkError, ValueError, RecursionError) as error:
+        return Grammar(GrammarKind.LARK, gbnf_to_lark(text))
+    except Exception as error:  # the translator raises bare Exception for a rule that is missing
         raise _bad(f"The grammar is neither Lark nor GBNF: {meaning.short(str(error))}", param) from error
 
 

@@ -72,6 +72,10 @@ def test_the_sdk_parses_into_a_model_plain_and_streamed(fleet: Fleet) -> None:
     with client.chat.completions.stream(response_format=Worker, **options) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.parsed == parsed[0]
+    response = client.responses.parse(
+        model="demo", input=ASK, text_format=Worker, temperature=1.5, max_output_tokens=400, store=False
+    )
+    assert isinstance(response.output_parsed, Worker)
     with pytest.raises(openai.LengthFinishReasonError):
         client.chat.completions.parse(response_format=Worker, **options | {"max_tokens": 5})
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
 import jsonschema
@@ -140,7 +140,9 @@ def validator(schema: Schema) -> jsonschema.Draft202012Validator:
 
 def check(schema: Schema, text: str) -> None:
     """Raises: a decoding or validation error if `text` is not JSON that satisfies the schema."""
-    validator(schema).validate(json.loads(text, parse_float=Decimal))
+    with localcontext() as context:
+        context.prec = 1000  # digits; a number may have as many as an answer has tokens
+        validator(schema).validate(json.loads(text, parse_float=Decimal))
 
 
 def _schema(rng: random.Random, depth: int) -> Schema:

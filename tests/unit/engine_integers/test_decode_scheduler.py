@@ -17,7 +17,7 @@ from engine.errors import (
 )
 from engine.limits import DecodeLimits
 from engine.pages import PagePool
-from engine.plan import Row, Sampled, StepOutput, StepPlan
+from engine.plan import Complete, Row, Sampled, StepOutput, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.progress import RowProgress
 from engine.reservations import Reservation
@@ -134,6 +134,20 @@ def test_a_stop_id_ends_and_is_delivered() -> None:
     rows = [row for _ in range(3) for row in worker.step()]
     assert [row.finish for row in rows] == [None, None, FinishReason.STOP]
     assert rows[-1].sampled == Sampled(output[3])
+
+
+def test_a_complete_grammar_ends_with_its_last_token_or_without_one() -> None:
+    worker = Worker()
+    first, second = worker.admit([1, 2, 3], "a"), worker.admit([4, 5], "b")
+    plan = worker.plan()
+    rows = worker.scheduler.commit(plan, StepOutput((Sampled(7, ends=True), Complete()))).rows
+    assert [(row.sampled, row.finish, row.error) for row in rows] == [
+        (Sampled(7, ends=True), FinishReason.STOP, None),
+        (None, FinishReason.STOP, None),
+    ]
+    assert first.token_ids[-1] == 7
+    assert (first.num_output_tokens, second.num_output_tokens) == (2, 1)
+    assert worker.pool.num_used == 0
 
 
 def test_the_model_length_ends_too() -> None:

@@ -168,6 +168,10 @@ def test_compiled_grammars_are_kept_and_bounded(model: ConstrainedModel) -> None
     desk.prepare(None)
     assert len(desk._compiled) == MAX_COMPILED
     assert Grammar(GrammarKind.REGEX, "a0") not in desk._compiled
+    large = [Grammar(GrammarKind.REGEX, f"a{number}|" + "b" * 400_000) for number in range(4)]
+    for grammar in large:
+        desk.prepare(grammar)
+    assert [*desk._compiled] == large[2:], "memory is bounded too"
     model.answers([hot(of_schema(PERSON))])
     assert len(desk._matchers) == 0, "a matcher goes with its sequence"
 

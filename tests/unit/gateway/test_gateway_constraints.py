@@ -74,6 +74,8 @@ async def test_every_form_becomes_a_grammar() -> None:
         ({"guided_regex": "(?=a)b"}, "guided_regex"),
         ({"guided_grammar": "start: nowhere"}, "guided_grammar"),
         ({"guided_grammar": "::= ::="}, "guided_grammar"),
+        ({"guided_grammar": "\n" * 100_000 + "root ::= nowhere"}, "guided_grammar"),
+        ({"guided_grammar": "root ::= x\n" + 'x ::= "x"\n' * 1000}, "guided_grammar"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": "[]"}, "guided_json"),
         ({"response_format": named({"type": "foo"})}, "response_format.json_schema.schema"),
