@@ -34,6 +34,7 @@ DRAIN_LEN = 64
 LINGER_MS = 300
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1_000
+WATCH_S = 0.03
 LOST_FOR_SILENCES = 2
 """A peer that cannot be reached for so many times `silence_s` is forgotten: it costs sockets, and its address may be
 another's by then. Whoever still has something to say to it connects anew."""
@@ -118,12 +119,10 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         self._keys = CurveKeys.derive(config.cluster_secret) if config.cluster_secret else None
         self._context = zmq.asyncio.Context()
         self._peers: dict[str, zmq.Socket[bytes]] = {}
-        self._monitors: dict[str, zmq.asyncio.Socket] = {}
+        self._monitors: dict[str, zmq.Socket[bytes]] = {}
         self._refused_by: set[str] = set()
         self._away_since_s: dict[str, float] = {}
         self._lost_callbacks: list[Callable[[str], None]] = []
-        self._poller = zmq.asyncio.Poller()
-        self._wake = asyncio.Event()
         self._closed = False
         self._authenticator: AsyncioAuthenticator | None = None
         self._inbox = self._open_inbox()
@@ -206,15 +205,13 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             sock.curve_publickey = self._keys.client.public
         endpoint = f"inproc://monitor-{id(sock)}"
         sock.monitor(endpoint, _WATCHED)
-        monitor = self._context.socket(zmq.PAIR)
+        monitor: zmq.Socket[bytes] = zmq.Socket(self._context, zmq.PAIR)
         monitor.setsockopt(zmq.LINGER, 0)
         monitor.connect(endpoint)
         sock.connect(address)
         self._peers[address] = sock
         self._monitors[address] = monitor
         self._away_since_s[address] = time.monotonic()
-        self._poller.register(monitor, zmq.POLLIN)
-        self._wake.set()
         return sock
 
     def forget(self, address: str) -> None:
@@ -225,7 +222,6 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         self._refused_by.discard(address)
         self._away_since_s.pop(address, None)
         monitor = self._monitors.pop(address)
-        self._poller.unregister(monitor)
         sock.disable_monitor()
         monitor.close(linger=0)
         sock.close(linger=0)
@@ -254,27 +250,33 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             await asyncio.sleep(0)
 
     async def watch_peers(self) -> None:
-        """Report broken connections and forget those that stay so; runs until cancelled, in the service's group."""
+        """Report broken connections and forget those that stay so; runs until cancelled, in the service's group.
+
+        Looks at the monitors by the clock: awaiting a socket that is closed meanwhile, as `forget` closes them, counts
+        as a cancellation in pyzmq, and would end this task without a word.
+        """
         while not self._closed:
-            if not self._monitors:
-                self._wake.clear()
-                await self._wake.wait()
-            # A bounded wait, since a monitor that joins while we sleep is not in this poll.
-            for monitor, _ in await self._poller.poll(timeout=100):
-                await self._report(monitor)
+            await asyncio.sleep(WATCH_S)
+            for address in list(self._monitors):
+                self._hear_monitor(address)
             long_ago_s = time.monotonic() - LOST_FOR_SILENCES * self._config.silence_s
             for address in [a for a, since_s in self._away_since_s.items() if since_s < long_ago_s]:
                 _log.info("peer stays away, forgotten", peer=address)
                 self.forget(address)
 
-    async def _report(self, monitor: zmq.asyncio.Socket) -> None:
-        address = next((a for a, m in self._monitors.items() if m is monitor), None)
-        if address is None:
-            return
-        event = parse_monitor_message(await monitor.recv_multipart())
-        if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+    def _hear_monitor(self, address: str) -> None:
+        """Act on all that the monitor of a peer has to say; a callback may forget this peer or another."""
+        while (monitor := self._monitors.get(address)) is not None:
+            try:
+                event = parse_monitor_message(monitor.recv_multipart(flags=zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            self._report(address, event["event"])
+
+    def _report(self, address: str, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._away_since_s.pop(address, None)
-        elif event["event"] == zmq.EVENT_DISCONNECTED:
+        elif event == zmq.EVENT_DISCONNECTED:
             self._away_since_s.setdefault(address, time.monotonic())
             self.counters.lost_peers += 1
             _log.info("connection to peer lost", peer=address)

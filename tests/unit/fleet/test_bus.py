@@ -53,6 +53,40 @@ async def test_a_dead_peer_is_reported_within_a_second() -> None:
         assert time.monotonic() - died_s < 1
 
 
+async def test_the_watch_goes_on_when_peers_are_forgotten_amid_it() -> None:
+    lost: asyncio.Queue[str] = asyncio.Queue()
+    async with Bus(BusConfig()) as a, asyncio.TaskGroup() as tasks:
+        a.on_peer_lost(lost.put_nowait)
+        watcher = tasks.create_task(a.watch_peers())
+        for _ in range(3):
+            async with Bus(BusConfig()) as b, Bus(BusConfig()) as c:
+                for peer in (b, c):
+                    a.send(peer.address, Cancel(request_id="r", epoch=0))
+                    assert len(await take(peer, 1)) == 1
+                a.forget(c.address)
+            async with asyncio.timeout(5):
+                assert await lost.get() == b.address
+            a.forget(b.address)
+        assert not watcher.done()
+        watcher.cancel()
+
+
+async def test_a_peer_that_stays_away_is_forgotten_and_one_that_comes_back_is_not() -> None:
+    async with Bus(BusConfig(silence_s=0.15)) as a, Bus(BusConfig()) as here, asyncio.TaskGroup() as tasks:
+        watcher = tasks.create_task(a.watch_peers())
+        async with Bus(BusConfig()) as gone:
+            for peer in (here, gone):
+                a.send(peer.address, Cancel(request_id="r", epoch=0))
+                assert len(await take(peer, 1)) == 1
+            assert a.num_peers == 2
+        async with asyncio.timeout(5):
+            while a.num_peers > 1:  # noqa: ASYNC110 - the bus tells nobody that it forgot
+                await asyncio.sleep(0.02)
+        assert a.send(here.address, Cancel(request_id="r", epoch=1))
+        assert len(await take(here, 1)) == 1
+        watcher.cancel()
+
+
 async def test_without_the_secret_nobody_gets_in() -> None:
     async with (
         Bus(BusConfig(cluster_secret=SECRET)) as inside,
