@@ -15,10 +15,11 @@ from litestar.types import Receive
 from fleet.types import FinishReason, Pooling, SamplingParams
 from fleet.usage import Counts
 from gateway.api.answer_headers import note_headers
+from gateway.api.client_watch import ClientGone, while_client_stays
 from gateway.api.context import Api, ApiContext, caller_key
 from gateway.api.decoding import read_body
 from gateway.api.documentation import answers, body_of
-from gateway.api.jobs import ClientGone, failure_of, while_client_stays
+from gateway.api.jobs import failure_of
 from gateway.api.replies import AnyRequest, json_reply
 from gateway.api.requests import EmbeddingRequest
 from gateway.api.responses import Embedding, Embeddings, EmbeddingUsage

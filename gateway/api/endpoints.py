@@ -13,11 +13,12 @@ from litestar.types import Receive
 from gateway.api.answer_headers import name_request, note_headers
 from gateway.api.chat_answer import plain_chat, streamed_chat
 from gateway.api.chat_prompt import chat_prompt
+from gateway.api.client_watch import ClientGone
 from gateway.api.completion_answer import plain_completion, streamed_completion
 from gateway.api.context import Api, ApiContext, caller_key, may_use, model_or_only
 from gateway.api.decoding import read_body
 from gateway.api.documentation import answers, body_of
-from gateway.api.jobs import ClientGone, Job, Run
+from gateway.api.jobs import Job, Run
 from gateway.api.prepare import chat_job, completion_job
 from gateway.api.refusals import check_final_message
 from gateway.api.replies import AnyRequest, json_reply

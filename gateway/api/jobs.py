@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Self
 
 import msgspec
 from litestar.types import Receive
@@ -13,6 +13,7 @@ from msgspec import UNSET
 from fleet.keys import ApiKey
 from fleet.types import FinishReason, SamplingParams, TokenLogprob
 from fleet.usage import Counts
+from gateway.api.client_watch import while_client_stays
 from gateway.api.context import ApiContext, OwnId
 from gateway.api.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 from gateway.api.sampling import for_sample
@@ -21,10 +22,6 @@ from gateway.pipeline import Generation, ServedModel, Tokens
 from gateway.text.assembler import Piece, TextAssembler, TextOptions
 from gateway.text.message_events import MessageEvent
 from gateway.text.message_reader import MessageReader, ReadOptions
-
-
-class ClientGone(Exception):
-    """The client closed its connection before its answer was complete."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -304,41 +301,3 @@ class Run:
             raise RequestIdTaken(chosen)
         self._own_id = own_id
         self._api.ids_under_way.add(own_id)
-
-
-async def while_client_stays(parts: Sequence[Coroutine[Any, Any, None]], receive: Receive) -> None:
-    """Run all parts side by side to their end, at least one.
-
-    Raises: ClientGone as soon as the client leaves; what a part raises, which ends the others.
-    """
-    try:
-        async with asyncio.TaskGroup() as group:
-            watcher = group.create_task(_watch(receive))
-            await asyncio.wait([group.create_task(part) for part in parts])
-            watcher.cancel()
-    except BaseExceptionGroup as failures:
-        raise _most_telling(failures) from failures
-
-
-async def _watch(receive: Receive) -> None:
-    """Raises: ClientGone once the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    raise ClientGone
-
-
-def _most_telling(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """A client that left explains everything else; then our own errors; then whatever came first."""
-    leaves: list[BaseException] = []
-    stack: list[BaseException] = [failures]
-    while stack:
-        error = stack.pop()
-        if isinstance(error, BaseExceptionGroup):
-            stack.extend(reversed(error.exceptions))
-        else:
-            leaves.append(error)
-    for kind in (ClientGone, ApiError):
-        for error in leaves:
-            if isinstance(error, kind):
-                return error
-    return leaves[0]

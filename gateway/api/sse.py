@@ -13,7 +13,7 @@ import structlog
 from litestar.response.base import ASGIResponse, Response
 from litestar.types import Receive, Scope, Send
 
-from gateway.api.jobs import ClientGone
+from gateway.api.client_watch import ClientGone
 from gateway.api.replies import as_api_error, error_body
 from gateway.errors import ApiError
 

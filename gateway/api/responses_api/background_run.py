@@ -12,8 +12,9 @@ from litestar.types import HTTPReceiveMessage
 
 from fleet.keys import ApiKey
 from fleet.types import FinishReason
+from gateway.api.client_watch import ClientGone
 from gateway.api.context import ApiContext
-from gateway.api.jobs import ClientGone, Job, Output
+from gateway.api.jobs import Job, Output
 from gateway.api.replies import as_api_error
 from gateway.api.requests import ChatCompletionRequest
 from gateway.api.responses_api.event_log import EventLog, Lease, Unit

@@ -13,10 +13,11 @@ from fleet.keys import ApiKey
 from fleet.logs import get_logger
 from fleet.redis_client import UNAVAILABLE
 from fleet.types import FinishReason
+from gateway.api.client_watch import ClientGone, while_client_stays
 from gateway.api.context import Api, ApiContext, caller_key, model_or_only
 from gateway.api.decoding import read_body
 from gateway.api.documentation import answers, body_of
-from gateway.api.jobs import ClientGone, Output, Run, while_client_stays
+from gateway.api.jobs import Output, Run
 from gateway.api.replies import AnyRequest, json_reply
 from gateway.api.responses_api.background import BackgroundRuns
 from gateway.api.responses_api.items import item_json
