@@ -13,6 +13,7 @@ from fleet.keys import ApiKey
 from fleet.logs import get_logger
 from fleet.redis_client import UNAVAILABLE
 from fleet.types import FinishReason
+from gateway.api.answer_headers import note_headers
 from gateway.api.client_watch import ClientGone, while_client_stays
 from gateway.api.context import Api, ApiContext, caller_key, model_or_only
 from gateway.api.decoding import read_body
@@ -55,6 +56,7 @@ async def create_response(request: AnyRequest, api: Api) -> Response[bytes]:
     key = caller_key(request)
     plan = await response_plan(api, api.responses, await read_body(request, _CREATE), key)
     headers = plan.job.headers
+    note_headers(request.scope, headers)
     if plan.response.background:
         runs = _background(api)
         body = await runs.start(plan, key)
