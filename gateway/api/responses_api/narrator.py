@@ -7,6 +7,7 @@ the same pieces tells the same events, byte for byte.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fleet.types import FinishReason
@@ -29,7 +30,7 @@ from gateway.api.responses_api.objects import (
 )
 from gateway.api.sse import json_text, json_value, typed_event
 from gateway.errors import ApiError
-from gateway.text.assembler import Piece
+from gateway.text.assembler import TextToken
 
 ERROR_CODES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
 """Codes that published clients know, by HTTP status; the rest is `server_error`."""
@@ -68,18 +69,19 @@ class Narrator:
         self.response.status = "in_progress"
         return self._lifecycle("response.in_progress")
 
-    def finished(self, reason: FinishReason, usage: Usage, *, num_reasoning_tokens: int = 0) -> bytes:
+    def finished(self, reason: FinishReason, usage: Usage) -> bytes:
         """The last events: `response.completed`, or `response.incomplete` when the output was cut."""
         cut = reason is FinishReason.LENGTH
         events = b"" if self._open or self.response.output else self._open_message()  # an empty answer is an answer
         events += self._close("incomplete" if cut else "completed")
         response = self.response
+        details = usage.completion_tokens_details
         response.usage = ResponseUsage(
             input_tokens=usage.prompt_tokens,
             output_tokens=usage.completion_tokens,
             total_tokens=usage.total_tokens,
             input_tokens_details=InputDetails(usage.prompt_tokens_details.cached_tokens),
-            output_tokens_details=OutputDetails(num_reasoning_tokens),
+            output_tokens_details=OutputDetails(details.reasoning_tokens if details else 0),
         )
         if cut:
             response.incomplete_details = IncompleteDetails("max_output_tokens")
@@ -101,23 +103,25 @@ class Narrator:
 
     # its output
 
-    def text(self, piece: Piece) -> bytes:
-        """More of the answer. Nothing is told for a piece without text and log-probabilities."""
+    def text(self, text: str, tokens: Sequence[TextToken] = ()) -> bytes:
+        """More of the answer, with the tokens that became sure with it."""
         entries = []
         if self._spell is not None:
-            entries = chat_logprobs(piece.tokens, self._spell, num_top=self._num_top)
-        if not piece.text and not entries:
-            return b""
+            entries = chat_logprobs(tokens, self._spell, num_top=self._num_top)
         events = b"" if isinstance(self._open, OutputMessage) else self._open_message()
-        self._pieces.append(piece.text)
+        self._pieces.append(text)
         self._logprobs += entries
         logprobs = json_value(entries) if entries else b"[]"
-        return events + self._delta(piece.text, b',"logprobs":' + logprobs)
+        return events + self._delta(text, b',"logprobs":' + logprobs)
+
+    def end_tokens(self, tokens: Sequence[TextToken]) -> bytes:
+        """Tokens without text of their own, such as the one that ends the answer."""
+        if self._spell is None or not tokens or not isinstance(self._open, OutputMessage):
+            return b""
+        return self.text("", tokens)
 
     def reasoning(self, text: str) -> bytes:
         """More of the thinking before the answer."""
-        if not text:
-            return b""
         events = b"" if isinstance(self._open, OutputReasoning) else self._open_reasoning()
         self._pieces.append(text)
         return events + self._delta(text)
@@ -138,10 +142,12 @@ class Narrator:
 
     def arguments(self, text: str) -> bytes:
         """More of the arguments of the call that began last."""
-        if not text:
-            return b""
         self._pieces.append(text)
         return self._delta(text)
+
+    def call_done(self) -> bytes:
+        """The call that began last is complete."""
+        return self._close("completed")
 
     def _open_message(self) -> bytes:
         events = self._close("completed")

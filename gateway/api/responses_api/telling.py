@@ -7,6 +7,7 @@ from gateway.api.logprobs import TokenSpeller
 from gateway.api.responses_api.narrator import Narrator
 from gateway.api.responses_api.objects import ResponseObject
 from gateway.text.assembler import Piece
+from gateway.text.message_events import CallDelta, CallEnd, CallStart, ContentDelta, ReasoningDelta
 
 
 def narrator_of(response: ResponseObject, job: Job) -> Narrator:
@@ -15,6 +16,21 @@ def narrator_of(response: ResponseObject, job: Job) -> Narrator:
     return Narrator(response, spell, num_top_logprobs=job.num_top_logprobs)
 
 
-def tell(narrator: Narrator, _output: Output, piece: Piece) -> bytes:
-    """The events of a piece."""
-    return narrator.text(piece)
+def tell(narrator: Narrator, output: Output, piece: Piece) -> bytes:
+    """The events of a piece. Log-probabilities of its tokens go with the text that it adds."""
+    events = b""
+    tokens = piece.tokens
+    for event in output.read(piece):
+        match event:
+            case ContentDelta(text):
+                events += narrator.text(text, tokens)
+                tokens = ()
+            case ReasoningDelta(text):
+                events += narrator.reasoning(text)
+            case CallStart(name=name):
+                events += narrator.call(name)
+            case CallDelta(arguments=arguments):
+                events += narrator.arguments(arguments)
+            case CallEnd():
+                events += narrator.call_done()
+    return events + narrator.end_tokens(tokens)
