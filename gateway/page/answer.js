@@ -4,7 +4,7 @@ import { ApiError, requestStatus } from "./api.js";
 import { element } from "./element.js";
 import { drawPath, isOver } from "./path.js";
 
-const LOOK_MS = 500;
+const LOOK_MS = 300;
 const MAX_LAST_LOOKS = 10;
 
 let pathIsRefused = false;
@@ -61,14 +61,17 @@ export class Answer {
   }
 
   draw() {
-    this.drawn ??= requestAnimationFrame(() => {
-      this.drawn = undefined;
-      this.thoughts.hidden = !this.reasoning;
-      this.thoughts.lastChild.textContent = this.reasoning;
-      this.body.replaceChildren(...rendered(this.text));
-      this.figures.replaceChildren(...this.drawnFigures());
-      this.follow();
-    });
+    this.frame ??= requestAnimationFrame(() => this.drawNow());
+  }
+
+  drawNow() {
+    cancelAnimationFrame(this.frame);
+    this.frame = undefined;
+    this.thoughts.hidden = !this.reasoning;
+    this.thoughts.lastChild.textContent = this.reasoning;
+    this.body.replaceChildren(...rendered(this.text));
+    this.figures.replaceChildren(...this.drawnFigures());
+    this.follow();
   }
 
   drawnFigures() {
@@ -92,9 +95,9 @@ export class Answer {
 
   end() {
     this.over = true;
+    this.drawNow();
     this.item.classList.remove("live");
     this.item.removeAttribute("aria-busy");
-    this.draw();
   }
 
   stop() {
@@ -108,6 +111,7 @@ export class Answer {
   // Looks where the request is until it is over. What Redis says lags a little, so the last word is waited for.
   async watchPath() {
     for (let last = 0; !pathIsRefused && last < MAX_LAST_LOOKS; last += this.over ? 1 : 0) {
+      await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
       try {
         const status = await requestStatus(this.id);
         drawPath(this.path, status);
@@ -120,7 +124,6 @@ export class Answer {
           this.path.replaceChildren(element("li", { textContent: "The path over the workers needs an admin key." }));
         }
       }
-      await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
     }
   }
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -42,6 +43,8 @@ FLAGS = (
 )
 WITHIN_S = 30.0
 LONG = "Tell me a very long story about a lighthouse."
+ENDLESS = {"temperature": 0, "max_tokens": 600, "frequency_penalty": -2}
+"""Rewards repetition, so that an answer is still under way when something is done to it."""
 
 
 class Page:
@@ -55,11 +58,17 @@ class Page:
     def find(self, selector: str) -> WebElement:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
+    def run(self, script: str, *arguments: object) -> Any:
+        return self.driver.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+
     def texts(self, selector: str) -> list[str]:
-        return [found.text for found in self.driver.find_elements(By.CSS_SELECTOR, selector)]
+        """What is to be read, all in one look, since the page redraws itself meanwhile."""
+        found = "return [...document.querySelectorAll(arguments[0])].map((one) => one.innerText.trim())"
+        return list(self.run(found, selector))
 
     def has(self, selector: str) -> bool:
-        return any(found.is_displayed() for found in self.driver.find_elements(By.CSS_SELECTOR, selector))
+        shown = "return [...document.querySelectorAll(arguments[0])].some((one) => one.checkVisibility())"
+        return bool(self.run(shown, selector))
 
     def until(self, selector: str, *, says: str = "") -> str:
         """Wait until the last such element is there and says something; its text."""
@@ -85,8 +94,13 @@ class Page:
         return self.texts(".assistant .body")[-1]
 
     def complaints(self) -> list[str]:
-        """What the browser itself has to complain of: errors of scripts, and what the policy blocked."""
-        return [str(entry["message"]) for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]  # type: ignore[no-untyped-call]
+        """What the browser itself has to complain of: errors of scripts, and what the policy blocked.
+
+        That a request is not in Redis yet when the page first looks for it is no fault.
+        """
+        logged = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        found = [str(entry["message"]) for entry in logged if entry["level"] == "SEVERE"]
+        return [message for message in found if not ("/v1/requests/" in message and "404" in message)]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +171,7 @@ def test_an_answer_comes_with_its_figures_and_its_path(page: Page, fleet: Fleet)
 
 
 def test_an_answer_can_be_stopped_and_frees_its_workers(page: Page, fleet: Fleet) -> None:
-    page.put("min_p", 0.02)
+    page.put("frequency_penalty", ENDLESS["frequency_penalty"])
     page.ask(LONG)
     page.until(".live .body")
     page.find("#text").send_keys(Keys.ESCAPE)
@@ -184,7 +198,7 @@ def test_it_can_be_used_on_a_narrow_screen(page: Page) -> None:
     page.driver.set_window_size(420, 760)
     try:
         width = "return document.documentElement.scrollWidth <= innerWidth"
-        assert page.driver.execute_script(width)  # type: ignore[no-untyped-call]
+        assert page.run(width)
         assert not page.has("#settings")
         page.find("#toggle").click()
         assert page.has("#settings")
@@ -192,7 +206,7 @@ def test_it_can_be_used_on_a_narrow_screen(page: Page) -> None:
         assert not page.has("#settings")
         page.ask("How are you?")
         page.ended()
-        assert page.driver.execute_script(width)  # type: ignore[no-untyped-call]
+        assert page.run(width)
     finally:
         page.driver.set_window_size(1180, 860)
 
@@ -238,12 +252,12 @@ def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(
         page.ended()
         assert "admin key" in page.until(".path")
         stored = "return [Object.values(sessionStorage), localStorage.length, document.cookie]"
-        assert driver.execute_script(stored) == [[guest], 0, ""]  # type: ignore[no-untyped-call]
+        assert page.run(stored) == [[guest], 0, ""]
         page.put("key", boss)
         page.find("#key").send_keys(Keys.TAB)
         page.ask("hi again")
         page.until(".assistant:last-child .path .hop")
-        driver.execute_script("sessionStorage.clear()")  # type: ignore[no-untyped-call]
+        page.run("sessionStorage.clear()")
         page.complaints()
     finally:
         asyncio.run(revoke_all())
@@ -251,7 +265,7 @@ def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(
 
 
 def test_a_killed_worker_shows_in_the_path_and_costs_no_token(page: Page, fleet: Fleet, tmp_path: Path) -> None:
-    for name, value in {"temperature": 0, "max_tokens": 220, "frequency_penalty": 0.5}.items():
+    for name, value in ENDLESS.items():
         page.put(name, value)
     page.ask(LONG)
     holder = until(
@@ -263,18 +277,12 @@ def test_a_killed_worker_shows_in_the_path_and_costs_no_token(page: Page, fleet:
     fleet.forget(holder).kill()
     assert "worker lost: replayed" in page.until(".path .why", says="replayed")
     text = page.ended()
-    assert text.startswith(before.rstrip("\u2588"))
+    assert text.startswith(before)
     until(lambda: len(page.texts(".path .hop")) == 4, within_s=WITHIN_S, what="the path is whole")
     names = [hop.split()[0] for hop in page.texts(".path .hop")]
     other = {"decode-1": "decode-2", "decode-2": "decode-1"}[holder]
     assert names == ["prefill-1", holder, "prefill-1", other]
-    fields = {
-        "model": "demo",
-        "messages": [{"role": "user", "content": LONG}],
-        "temperature": 0,
-        "max_tokens": 220,
-        "frequency_penalty": 0.5,
-    }
+    fields = {"model": "demo", "messages": [{"role": "user", "content": LONG}], **ENDLESS}
     direct = httpx.post(f"{fleet.url}/v1/chat/completions", json=fields, timeout=60).json()
     assert text == direct["choices"][0]["message"]["content"].strip()
     directory = Path(os.environ.get("BATON_SCREENSHOTS") or tmp_path)
