@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from decimal import Decimal, localcontext
+from decimal import Decimal, InvalidOperation, localcontext
 from typing import Any
 
 import jsonschema
@@ -142,7 +142,15 @@ def check(schema: Schema, text: str) -> None:
     """Raises: a decoding or validation error if `text` is not JSON that satisfies the schema."""
     with localcontext() as context:
         context.prec = 1000  # digits; a number may have as many as an answer has tokens
-        validator(schema).validate(json.loads(text, parse_float=Decimal))
+        validator(schema).validate(json.loads(text, parse_float=_number_of))
+
+
+def _number_of(text: str) -> Decimal | float:
+    """Exact, but for exponents beyond those of `Decimal`, which are JSON too."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return float(text)
 
 
 def _schema(rng: random.Random, depth: int) -> Schema:
