@@ -25,6 +25,7 @@ WHITESPACE = r"( |\n[ \t]{0,32})"
 
 _NUM_CHECKED = 128
 _NO_LEAP_SECOND = ":[0-5][0-9]:[0-5][0-9]"
+_HOSTNAME_CHARS = 253
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties")
@@ -33,30 +34,35 @@ _MAX_PROBLEM_CHARS = 400
 
 def schema_source(schema: Mapping[str, Any]) -> str:
     """The source of a grammar whose matches are the JSON texts that satisfy `schema`."""
-    return msgspec.json.encode(_without_leap_seconds(schema)).decode()
+    return msgspec.json.encode(_tightened(schema)).decode()
 
 
 def inline_schema(schema: Mapping[str, Any]) -> str:
     """A JSON schema as a term inside a Lark grammar: `start: "<call>" ` + this + ` "</call>"`."""
     options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
-    return "%json " + msgspec.json.encode({**_without_leap_seconds(schema), **options}).decode()
+    return "%json " + msgspec.json.encode({**_tightened(schema), **options}).decode()
 
 
-def _without_leap_seconds(schema: Any) -> Any:
-    """A copy in which times have no second 60: the library allows it everywhere, RFC 3339 only where a leap fell."""
+def _tightened(schema: Any) -> Any:
+    """A copy in which two formats mean what their standards say, where the library lets more through.
+
+    Times have no second 60, which RFC 3339 has only where a leap second fell; host names are not too long (RFC 1123).
+    """
     if not isinstance(schema, Mapping):
         return schema
     copy: dict[str, Any] = {}
     for keyword, value in schema.items():
         if keyword in _SCHEMA_MAPS and isinstance(value, Mapping):
-            copy[keyword] = {name: _without_leap_seconds(child) for name, child in value.items()}
+            copy[keyword] = {name: _tightened(child) for name, child in value.items()}
         elif keyword in _SCHEMA_LISTS and isinstance(value, list):
-            copy[keyword] = [_without_leap_seconds(child) for child in value]
+            copy[keyword] = [_tightened(child) for child in value]
         else:
-            copy[keyword] = _without_leap_seconds(value) if keyword in _SCHEMAS else value
+            copy[keyword] = _tightened(value) if keyword in _SCHEMAS else value
     timed = copy.get("format") in ("time", "date-time")
     if timed and copy.setdefault("pattern", _NO_LEAP_SECOND) != _NO_LEAP_SECOND:
         copy["allOf"] = [*copy.get("allOf", ()), {"pattern": _NO_LEAP_SECOND}]
+    if copy.get("format") == "hostname" and isinstance(copy.setdefault("maxLength", _HOSTNAME_CHARS), int):
+        copy["maxLength"] = min(copy["maxLength"], _HOSTNAME_CHARS)
     return copy
 
 

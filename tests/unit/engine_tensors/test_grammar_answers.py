@@ -209,6 +209,9 @@ def test_leap_seconds_are_left_out(model: ConstrainedModel) -> None:
                 else:
                     with pytest.raises(GrammarRejected):
                         matcher.follow(ids)
+    names = Matcher.compile(vocabulary, of_schema({"type": "string", "format": "hostname"}))
+    with pytest.raises(GrammarRejected):
+        names.follow(model.tokenizer.encode('"' + "a." * 130 + 'b"').ids)
     assert schema_source({"const": {"format": "time"}}) == '{"const":{"format":"time"}}'
 
 
