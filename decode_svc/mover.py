@@ -64,8 +64,8 @@ class _Move:
         num_pages: that the taker was asked for.
         shared: own pages that the hand-off may read, held for it until `release_pages`.
         granted_s: when there was first room; None before.
-        standing: stopped for its last pages.
-        committed: the Commit is out: never to run here again.
+        stopped_s: when it stopped for its last pages.
+        committed_s: when the Commit went out: never to run here again; None before.
         withdrawn: called off by us; it runs on here.
     """
 
@@ -74,8 +74,8 @@ class _Move:
     offered_s: float
     shared: list[int] = field(default_factory=list)
     granted_s: float | None = None
-    standing: bool = False
-    committed: bool = False
+    stopped_s: float = 0.0
+    committed_s: float | None = None
     withdrawn: bool = False
 
 
@@ -127,7 +127,7 @@ class Mover:
         """Call off what has lost its grant or never got one; offer the sequences with the longest way to go."""
         now_s = self._clock()
         for move in list(self._moves.values()):
-            if move.committed or move.withdrawn or self._lag(move) is not None:
+            if move.committed_s is not None or move.withdrawn or self._lag(move) is not None:
                 continue
             if move.granted_s is not None or now_s - move.offered_s >= OFFER_S:
                 self._withdraw(move)
@@ -184,7 +184,7 @@ class Mover:
     def _stop(self, move: _Move) -> None:
         sequence = move.sequence
         self._scheduler.pause(sequence)
-        move.standing = True
+        move.stopped_s = self._clock()
         used = sequence.page_table[: pages_for(sequence.num_computed_tokens, self._pool.page_size)]
         self._share(move, used)
         self.endpoint.commit(sequence.to_passport(), page_ids=used, num_computed_tokens=sequence.num_computed_tokens)
@@ -225,7 +225,7 @@ class Mover:
     def committing(self, news: Committing) -> None:
         """The Commit goes out next: the gateway must know the taker, and this worker is silent from then on."""
         move = self._moves[news.request_id, news.epoch]
-        move.committed = True
+        move.committed_s = self._clock()
         self.do.committing(move.sequence, news.taker, news.transport)
 
     def given(self, news: Given) -> None:
@@ -233,7 +233,12 @@ class Mover:
         self._metrics.hand_offs.labels(news.transport, "given").inc()
         self._metrics.hand_off_seconds.labels(news.transport).observe(news.hand_off_s)
         self._metrics.hand_off_bytes.labels(news.transport).inc(news.num_moved_pages * self._page_bytes)
-        sequence = self._moves[news.request_id, news.epoch].sequence
+        move = self._moves[news.request_id, news.epoch]
+        sequence = move.sequence
+        committed_s = move.committed_s or move.stopped_s
+        copy_s, answer_s = committed_s - move.stopped_s, self._clock() - committed_s
+        self._metrics.move_seconds.labels("last_pages").observe(copy_s)
+        self._metrics.move_seconds.labels("answer").observe(answer_s)
         _log.info(
             "sequence moved",
             request_id=news.request_id,
@@ -243,6 +248,8 @@ class Mover:
             moved_pages=news.num_moved_pages,
             held_pages=news.num_held_pages,
             hand_off_ms=round(news.hand_off_s * 1e3, 1),
+            last_pages_ms=round(copy_s * 1e3, 1),
+            answer_ms=round(answer_s * 1e3, 1),
         )
         self._let_go(sequence)
 
@@ -254,7 +261,7 @@ class Mover:
         if sequence.phase is Phase.DONE:
             return
         _log.info("move failed", request_id=news.request_id, reason=news.reason.value, detail=news.message)
-        if move.committed:
+        if move.committed_s is not None:
             self.do.give_back(sequence, f"hand_off_{news.reason.value}")
             self._let_go(sequence)
         elif move.withdrawn or news.reason is FailReason.REFUSED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -80,6 +81,7 @@ class DecodeWorker:
         self._draining = False
         self._leaving_for = MoveReason.DRAIN
         self._news = asyncio.Event()
+        self._adopted_s: dict[Sequence, float] = {}  # without a token of their own yet
         self.link: WorkerLink
         self.endpoint: HandOffEndpoint
         self.wake: Callable[[], None]
@@ -106,9 +108,13 @@ class DecodeWorker:
 
     def _forget(self, request_id: str, epoch: int) -> None:
         for sequence in self._scheduler.abort(request_id, epoch):
-            self._mover.forget(sequence)
+            self._left(sequence)
         self.endpoint.cancel(request_id, epoch)
         self._freed()
+
+    def _left(self, sequence: Sequence) -> None:
+        self._adopted_s.pop(sequence, None)
+        self._mover.forget(sequence)
 
     @property
     def _num_held(self) -> int:
@@ -126,7 +132,7 @@ class DecodeWorker:
         """Before a step: whoever lost its pages goes back to its gateway, to be replayed."""
         for sequence in self._scheduler.take_returned():
             _log.info("out of pages, sequence goes back", request_id=sequence.request_id)
-            self._mover.forget(sequence)
+            self._left(sequence)
             self._return(sequence, "out_of_pages")
         if plan is None:
             self._mover.on_booked()
@@ -146,6 +152,15 @@ class DecodeWorker:
             gateway = sequence.passport.gateway
             if row.sampled is not None:
                 self._metrics.sampled_tokens.inc()
+                if (adopted_s := self._adopted_s.pop(sequence, None)) is not None:
+                    waited_s = time.monotonic() - adopted_s
+                    self._metrics.move_seconds.labels("first_token").observe(waited_s)
+                    _log.debug(
+                        "first token",
+                        request_id=sequence.request_id,
+                        index=row.index,
+                        waited_ms=round(waited_s * 1e3, 1),
+                    )
                 logprob = row.sampled.logprob
                 chunk = TokenChunk(
                     request_id=sequence.request_id,
@@ -163,7 +178,7 @@ class DecodeWorker:
                     num_output_tokens=sequence.num_output_tokens,
                     error=row.error,
                 )
-                self._mover.forget(sequence)
+                self._left(sequence)
                 self._news.set()
                 self.link.publish(gateway, finished)
         self.link.flush()
@@ -175,6 +190,7 @@ class DecodeWorker:
         """A sequence starts here: its gateway learns who holds it now."""
         event = HandedOff(request_id=sequence.request_id, epoch=sequence.epoch, next_index=sequence.num_output_tokens)
         _log.debug("sequence adopted", request_id=sequence.request_id, epoch=sequence.epoch)
+        self._adopted_s[sequence] = time.monotonic()
         self.link.publish(sequence.passport.gateway, event)
         self.wake()
 

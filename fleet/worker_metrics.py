@@ -71,6 +71,14 @@ class WorkerMetrics:
         self.hand_off_bytes = Counter(
             "baton_worker_hand_off_bytes", "Page bytes given away", ["transport"], registry=registry
         )
+        self.move_seconds = Histogram(
+            "baton_worker_move_seconds",
+            "A sequence's pause by its parts: last_pages and answer (to the Commit) at the giver, first_token at the "
+            "taker, which is counted for prompts too",
+            ["phase"],
+            buckets=STEP_S,
+            registry=registry,
+        )
         self.returned = Counter(
             "baton_worker_returned", "Requests given back to the gateway", ["reason"], registry=registry
         )
