@@ -40,6 +40,7 @@ class KeyRegistry:
     def __init__(self, redis: Redis, *, namespace: str) -> None:
         self._redis = redis
         self._key = f"{namespace}:keys"
+        self._made = f"{namespace}:keys_made"
         self._decoder = msgspec.msgpack.Decoder(ApiKey)
 
     async def create(
@@ -63,8 +64,19 @@ class KeyRegistry:
             models=models,
             admin=admin,
         )
-        await self._redis.hset(self._key, hash_secret(secret), msgspec.msgpack.encode(key))
+        await self.put({hash_secret(secret): key})
         return key, secret
+
+    async def put(self, by_hash: dict[str, ApiKey]) -> None:
+        """Store keys by the hash of their secret; also those that a Redis without memory has lost."""
+        pipe = self._redis.pipeline()
+        pipe.hset(self._key, mapping={digest: msgspec.msgpack.encode(key) for digest, key in by_hash.items()})
+        pipe.set(self._made, b"1")
+        await pipe.execute()
+
+    async def has_memory(self) -> bool:
+        """Whether Redis knows that keys were made; if it does not and one is missing, it has lost its data."""
+        return bool(await self._redis.exists(self._made))
 
     async def list(self) -> list[ApiKey]:
         """All keys, oldest first."""

@@ -41,8 +41,16 @@ class CachedKeys:
         return self._by_hash.get(hash_secret(secret))
 
     async def refresh(self) -> None:
-        """Read all keys. Raises what Redis raises."""
-        self._by_hash = await self._registry.by_hash()
+        """Read all keys. A Redis that has come back empty is given those that are known here. Raises what Redis raises.
+
+        Revoked keys are told from lost ones by the mark that making one leaves behind.
+        """
+        stored = await self._registry.by_hash()
+        if (stored or self._by_hash) and not await self._registry.has_memory():
+            _log.warning("Redis has no memory of API keys, writing them back", count=len(self._by_hash | stored))
+            stored = self._by_hash | stored
+            await self._registry.put(stored)
+        self._by_hash = stored
 
     async def run(self) -> None:
         """Refresh until cancelled; a task of the service's group."""

@@ -30,6 +30,9 @@ from kvtransfer.errors import TransferError
 from kvtransfer.stats import TransferStats
 from kvtransfer.transport import DirectTransport
 
+INLINE_BYTES = 256 * 1024
+"""Carried pages up to so many bytes are copied where they arrive: handing them to a thread and back takes longer, and
+a standing sequence waits for it."""
 _SHORTEST_SLEEP_S = 0.001
 
 
@@ -80,6 +83,10 @@ class Courier:
                 self._send(action)
             case Write():
                 self._writes.put_nowait(action)
+            case Store() if sum(frame.nbytes for frame in action.frames) <= INLINE_BYTES:
+                began_s = self._clock()
+                self._store_all(action)
+                self._stored(action, began_s)
             case Store():
                 self._stores.put_nowait(action)
             case _:
@@ -169,11 +176,14 @@ class Courier:
             store = await self._stores.get()
             began_s = self._clock()
             await loop.run_in_executor(threads, self._store_all, store)
-            count = self.stats.taken[store.transport]
-            count.pages += len(store.page_ids)
-            count.bytes += len(store.page_ids) * self._config.region.ref.page_bytes
-            count.copy_s += self._clock() - began_s
-            self.execute(self._desk.taker.on_stored(store.ticket, self._clock()))
+            self._stored(store, began_s)
+
+    def _stored(self, store: Store, began_s: float) -> None:
+        count = self.stats.taken[store.transport]
+        count.pages += len(store.page_ids)
+        count.bytes += len(store.page_ids) * self._config.region.ref.page_bytes
+        count.copy_s += self._clock() - began_s
+        self.execute(self._desk.taker.on_stored(store.ticket, self._clock()))
 
     def _store_all(self, store: Store) -> None:
         for page_id, frame in zip(store.page_ids, store.frames, strict=True):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import cast
+from collections.abc import Awaitable, Callable
+from typing import TypeVar, cast
 
 import structlog
 from limits import RateLimitItemPerMinute
@@ -22,10 +23,14 @@ from gateway.errors import RateLimited
 
 Headers = dict[str, str]
 WINDOW_S = 60.0
+T = TypeVar("T")
+
+ALONE_S = 5.0
+"""How long a gateway counts alone once the storage has failed it."""
 
 
 class RateLimiter:
-    """Counts for all gateways that share a storage. Should the storage fail, this gateway counts alone.
+    """Counts for all gateways that share a storage. Should the storage fail, this gateway counts alone for a while.
 
     Args:
         storage: of the `limits` library.
@@ -36,7 +41,7 @@ class RateLimiter:
         self._errors = storage_errors
         self._shared = _Counters(storage)
         self._alone = _Counters(MemoryStorage())
-        self._is_away = False
+        self._alone_until_s = 0.0
 
     @classmethod
     def in_memory(cls) -> RateLimiter:
@@ -64,28 +69,23 @@ class RateLimiter:
         """
         if key is None or (key.requests_per_minute is None and key.tokens_per_minute is None):
             return {}
-        try:
-            headers = await self._shared.admit(key, num_prompt_tokens)
-        except self._errors as error:
-            self._note_away(error)
-            return await self._alone.admit(key, num_prompt_tokens)
-        self._is_away = False
-        return headers
+        return await self._count(lambda counters: counters.admit(key, num_prompt_tokens))
 
     async def charge_output(self, key: ApiKey | None, num_tokens: int) -> None:
         """Charge the output of an admitted request."""
         if key is None or key.tokens_per_minute is None or num_tokens == 0:
             return
-        try:
-            await self._shared.charge(key, num_tokens)
-        except self._errors as error:
-            self._note_away(error)
-            await self._alone.charge(key, num_tokens)
+        await self._count(lambda counters: counters.charge(key, num_tokens))
 
-    def _note_away(self, error: Exception) -> None:
-        if not self._is_away:
-            structlog.get_logger("gateway.api").warning("rate limits count locally", reason=str(error))
-        self._is_away = True
+    async def _count(self, action: Callable[[_Counters], Awaitable[T]]) -> T:
+        """Do it in the shared storage, or here while that is away: nobody waits for its timeout again and again."""
+        if time.monotonic() >= self._alone_until_s:
+            try:
+                return await action(self._shared)
+            except self._errors as error:
+                structlog.get_logger("gateway.api").warning("rate limits count locally", reason=str(error))
+                self._alone_until_s = time.monotonic() + ALONE_S
+        return await action(self._alone)
 
 
 class _Counters:
