@@ -51,20 +51,20 @@ class Admission:
         queue, pace = self._queues[model], self._paces[model]
         num_ahead = bisect_right(queue, priority, key=lambda entry: entry[0].priority)
         num_missing = max(0, self.num_queued + num_requests - self._max_queued)
-        num_leaving = num_requests if self._is_late(pace, len(queue)) else num_missing
+        num_leaving = num_requests if self._is_late(pace, len(queue), priority) else num_missing
         displaceable = [live for _, live in reversed(queue[num_ahead:]) if live.epoch == 0]
-        if len(displaceable) < num_missing or self._is_late(pace, num_ahead):
-            raise self.overloaded(model, num_ahead)
+        if len(displaceable) < num_missing or self._is_late(pace, num_ahead, priority):
+            raise self.overloaded(model, priority, num_ahead)
         return displaceable[:num_leaving]
 
-    def _is_late(self, pace: Pace, num_ahead: int) -> bool:
-        return 0 < self._max_wait_s < pace.wait_s(num_ahead)
+    def _is_late(self, pace: Pace, num_ahead: int, priority: int) -> bool:
+        return 0 < self._max_wait_s < pace.wait_s(num_ahead, priority)
 
-    def overloaded(self, model: str, num_ahead: int | None = None) -> Overloaded:
+    def overloaded(self, model: str, priority: int, num_ahead: int | None = None) -> Overloaded:
         """The refusal of a request that `num_ahead` others stand before; by default all that wait."""
         queue, pace = self._queues[model], self._paces[model]
         num_ahead = len(queue) if num_ahead is None else num_ahead
-        wait_s = pace.retry_after_s(num_ahead)
+        wait_s = pace.retry_after_s(num_ahead, priority)
         return Overloaded(
             f"{num_ahead} requests wait before this one, for about {wait_s:.0f} s; try again later",
             retry_after_s=wait_s,
@@ -78,7 +78,7 @@ class Admission:
     def saw_first_token(self, live: LiveRequest, ttft_s: float) -> None:
         """It waits no more, and its time tells how fast the queue moves."""
         self.leave(live)
-        self._paces[live.passport.model].saw_first_token(ttft_s)
+        self._paces[live.passport.model].saw_first_token(ttft_s, live.passport.priority)
 
     def leave(self, live: LiveRequest) -> None:
         """It waits no more. Idempotent."""

@@ -130,7 +130,7 @@ class RequestTable:
     def _displace(self, live: LiveRequest) -> None:
         """A more urgent request takes its place in a full queue."""
         self._metrics.rejected.labels("displaced").inc()
-        refusal = self._admission.overloaded(live.passport.model)
+        refusal = self._admission.overloaded(live.passport.model, live.passport.priority)
         self._cancel_on_holders(live)
         live.displaced = True
         self._end(live, FinishReason.ERROR, error=str(refusal), retry_after_s=refusal.retry_after_s)

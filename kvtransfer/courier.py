@@ -27,6 +27,7 @@ from kvtransfer.actions import (
 from kvtransfer.desk import HandOffDesk
 from kvtransfer.endpoint_config import EndpointConfig
 from kvtransfer.errors import TransferError
+from kvtransfer.region import PoolRegion
 from kvtransfer.stats import TransferStats
 from kvtransfer.transport import DirectTransport
 
@@ -83,7 +84,7 @@ class Courier:
                 self._send(action)
             case Write():
                 self._writes.put_nowait(action)
-            case Store() if sum(frame.nbytes for frame in action.frames) <= INLINE_BYTES:
+            case Store() if self._may_copy_here(action):
                 began_s = self._clock()
                 self._store_all(action)
                 self._stored(action, began_s)
@@ -177,6 +178,10 @@ class Courier:
             began_s = self._clock()
             await loop.run_in_executor(threads, self._store_all, store)
             self._stored(store, began_s)
+
+    def _may_copy_here(self, store: Store) -> bool:
+        in_host_memory = isinstance(self._config.region, PoolRegion)
+        return in_host_memory and sum(frame.nbytes for frame in store.frames) <= INLINE_BYTES
 
     def _stored(self, store: Store, began_s: float) -> None:
         count = self.stats.taken[store.transport]

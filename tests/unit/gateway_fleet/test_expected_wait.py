@@ -44,3 +44,12 @@ def test_a_busy_queue_counts_by_first_tokens_per_second(clock: Clock) -> None:
         measured.saw_first_token(4.0)
     assert measured.retry_after_s(50) == pytest.approx(10)
     assert measured.retry_after_s(5000) == 60
+
+
+def test_the_less_urgent_wait_for_those_who_overtake_them_too(clock: Clock) -> None:
+    measured = Pace()
+    for number in range(20):
+        clock.now_s += 0.2
+        measured.saw_first_token(4.0, priority=-100 if number % 2 else 0)
+    assert measured.wait_s(10, priority=-100) == pytest.approx(2)
+    assert measured.wait_s(10, priority=0) == pytest.approx(4)
