@@ -149,6 +149,11 @@ class Passport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int = 0
     pooling: Pooling | None = None
 
+    def __post_init__(self) -> None:
+        """On the wire too: without its prompt a passport says nothing, and would take down who trusts it."""
+        if self.prompt_len > len(self.token_ids):
+            raise ValueError(f"a passport of {len(self.token_ids)} ids cannot have a prompt of {self.prompt_len}")
+
     @property
     def is_prompt_only(self) -> bool:
         """Whether it ends with its prompt: no token is to come, and no decode worker is needed."""

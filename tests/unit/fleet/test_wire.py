@@ -78,6 +78,14 @@ def test_a_negative_epoch_is_refused() -> None:
         decode([bytes(encode(Cancel(request_id="r", epoch=0))[0]), body])
 
 
+def test_a_passport_without_its_prompt_is_refused() -> None:
+    gateway = {"name": "g", "incarnation": 1, "address": "tcp://127.0.0.1:1"}
+    passport = {"request_id": "r", "epoch": 0, "model": "m", "token_ids": [], "prompt_len": 1, "params": {}}
+    message = {"type": "PrefillRequest", "passport": passport | {"gateway": gateway}, "targets": []}
+    with pytest.raises(Malformed, match="prompt"):
+        decode([bytes(encode(Cancel(request_id="r", epoch=0))[0]), msgspec.msgpack.encode(message)])
+
+
 def test_a_message_without_body_is_refused() -> None:
     with pytest.raises(Malformed, match="1 frames"):
         decode([b"BT\x01\x00"])

@@ -42,8 +42,8 @@ PASSPORT = st.builds(
     ),
     NAME.filter(lambda name: name != "r"),
     EPOCH,
-    st.sampled_from([0, 1, 5, 9999]),
-    st.sampled_from([1, 5, 2**40]),
+    st.sampled_from([5, 17, 9999]),
+    st.sampled_from([1, 5]),
 )
 POOL = st.builds(PoolRef, name=st.sampled_from(["", "../etc", "baton-1-1"]), num_pages=SIGNED, page_bytes=SIGNED)
 COMMON = {"request_id": NAME, "epoch": EPOCH, "generation": SIGNED}
