@@ -9,6 +9,7 @@ BatonError
     ├── ReservationMismatch     what arrived does not fit the pages that were reserved for it
     ├── VocabularyUnusable      grammars cannot be enforced with this model's tokenizer
     ├── GrammarRejected         a grammar does not compile, or an output does not follow it
+    ├── NoKernels               compiled CPU kernels cannot be had here
     ├── StepOutOfOrder          schedule and commit did not alternate
     └── BrokenInvariant         our own mistake: the page accounts or a plan contradict themselves
 
@@ -71,3 +72,7 @@ class StepOutOfOrder(EngineError):
 
 class BrokenInvariant(EngineError):
     """Our own mistake: a page was released twice, an output is not as long as its plan, and the like."""
+
+
+class NoKernels(EngineError):
+    """Compiled CPU kernels cannot be had here; plain torch computes instead."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +20,16 @@ from engine.plan import Row
 GROUP_BYTES = 3 * 2**20
 # A shorter row in a group is padded to the longest: more than this share of padding costs more than a further call.
 _MAX_PADDING = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class InputShape:
+    """What translation needs to know of model and pool: page size, windows in use, bytes per token and layer."""
+
+    page_size: int
+    windows: tuple[int | None, ...]
+    layer_token_bytes: int
+    device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +81,41 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionInputs:
-    """Who attends to what, for all layers of one window. Every token of the step is in exactly one of both."""
+class DecodeRows:
+    """The B rows of one new token each, as they are: ragged, nothing padded, on the host.
 
-    groups: tuple[DecodeGroup, ...]
+    Attributes:
+        tokens: [B] int64, index of each row's token among T.
+        pages: [sum of the rows' pages] int64, the rows' page tables end to end, from the first page that a row sees.
+        starts: [B] int64, where each row's table begins in `pages`.
+        firsts, ends: [B] int64, slots `[first, end)` of a row's pages are visible.
+    """
+
+    tokens: np.ndarray
+    pages: np.ndarray
+    starts: np.ndarray
+    firsts: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True)  # no slots: `groups` is kept in the instance
+class AttentionInputs:
+    """Who attends to what, for all layers of one window. Every token of the step is in exactly one of both.
+
+    Attributes:
+        decode: rows of one token, None without any.
+        chunks: rows of several.
+        shape: what the rows were translated for.
+    """
+
+    decode: DecodeRows | None
     chunks: tuple[Chunk, ...]
+    shape: InputShape
+
+    @cached_property
+    def groups(self) -> tuple[DecodeGroup, ...]:
+        """`decode` in padded batches, for backends that attend by tensor operations; made when first asked for."""
+        return tuple(_groups(self.decode, self.shape)) if self.decode is not None else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +140,6 @@ class StepInputs:
     slots: torch.Tensor
     attention: dict[int | None, object]
     sampled_tokens: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class InputShape:
-    """What translation needs to know of model and pool: page size, windows in use, bytes per token and layer."""
-
-    page_size: int
-    windows: tuple[int | None, ...]
-    layer_token_bytes: int
-    device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +211,10 @@ def row_error(row: Row, *, vocab_size: int, page_size: int, num_pages: int) -> s
 def gather_plan(rows: Many[TableRow], window: int | None, shape: InputShape) -> AttentionInputs:
     """Single tokens into groups, longer rows into chunks: what attention by gathered copies reads."""
     chunks: list[Chunk] = []
-    singles: list[_Single] = []
+    tokens: list[int] = []
+    pages: list[np.ndarray] = []
+    firsts: list[int] = []
+    ends: list[int] = []
     for row in rows:
         table, begin = row.table, row.begin
         end_position = row.start + row.count
@@ -188,7 +222,10 @@ def gather_plan(rows: Many[TableRow], window: int | None, shape: InputShape) -> 
         first_page = first_seen // shape.page_size
         if row.count == 1:
             offset = first_page * shape.page_size
-            singles.append(_Single(begin, table[first_page:], first_seen - offset, end_position - offset))
+            tokens.append(begin)
+            pages.append(table[first_page:])
+            firsts.append(first_seen - offset)
+            ends.append(end_position - offset)
             continue
         chunks.append(
             Chunk(
@@ -200,7 +237,18 @@ def gather_plan(rows: Many[TableRow], window: int | None, shape: InputShape) -> 
                 window=window if window is not None and window < end_position else None,
             )
         )
-    return AttentionInputs(groups=tuple(_groups(singles, shape)), chunks=tuple(chunks))
+    return AttentionInputs(_decode_rows(tokens, pages, firsts, ends) if tokens else None, tuple(chunks), shape)
+
+
+def _decode_rows(tokens: list[int], pages: list[np.ndarray], firsts: list[int], ends: list[int]) -> DecodeRows:
+    counts = np.array([len(table) for table in pages])
+    return DecodeRows(
+        tokens=np.array(tokens, dtype=np.int64),
+        pages=np.concatenate(pages),
+        starts=np.cumsum(counts) - counts,
+        firsts=np.array(firsts, dtype=np.int64),
+        ends=np.array(ends, dtype=np.int64),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +261,13 @@ class _Single:
     end: int
 
 
-def _groups(singles: list[_Single], shape: InputShape) -> list[DecodeGroup]:
+def _groups(rows: DecodeRows, shape: InputShape) -> list[DecodeGroup]:
     """Batch rows of like length while padding and buffer stay small."""
+    tables = np.split(rows.pages, rows.starts[1:])
+    singles = [
+        _Single(*one)
+        for one in zip(rows.tokens.tolist(), tables, rows.firsts.tolist(), rows.ends.tolist(), strict=True)
+    ]
     groups: list[DecodeGroup] = []
     waiting: list[_Single] = []
     used = 0

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from engine.backend import Backend, Linear, TorchBackend
+from engine.cpu.backend import CpuBackend
 from engine.model_config import ModelConfig
-from engine.packed_backend import PackedBackend, can_pack
+from engine.packed_backend import can_pack
 from engine.rope import Rotary
 from engine.transformer import Layer, Transformer
 from engine.weights import Checkpoint, check_tensors, model_fingerprint, stored_dtype
@@ -108,7 +109,7 @@ def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> B
         from engine.kernel_backend import KernelBackend
 
         return KernelBackend(group=config.num_heads // config.num_kv_heads, device=device)
-    return PackedBackend() if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()
+    return CpuBackend() if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()
 
 
 class _Loader:

@@ -1,0 +1,34 @@
+"""What a result file says of the machine and the versions that gave it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "litestar", "pyzmq", "msgspec")
+
+
+def cpu_name() -> str:
+    """As the kernel names it, with family and model, which tell cores apart where the name does not."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    return f"{found.get('model name', 'unknown')} (family {found.get('cpu family')}, model {found.get('model')})"
+
+
+def describe() -> dict[str, Any]:
+    """Date, CPU, cores, memory, and versions of what computes."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gib": round(pages / 2**30, 1)},
+        "versions": {"python": platform.python_version(), **versions},
+    }

@@ -1,0 +1,114 @@
+"""Machine code for CPUs without a compiler on the machine, run by the threads that torch already has.
+
+numba compiles the kernels (about two seconds at the first start of a shape, then from its cache on disk). Its own
+thread pools would fight torch's for the cores: an OpenMP thread spins for a while after each product, waiting for the
+next one. So a kernel is a plain C function, and the OpenMP runtime that torch loaded runs it on the very team that
+computes the products. `omp_get_thread_num` tells each member its share.
+
+A kernel takes one array of 64-bit words: addresses of tensors, sizes, and the like, in an order of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, types
+from numba.extending import intrinsic
+
+from engine.errors import NoKernels
+
+SIGNATURE = types.void(types.CPointer(types.int64))
+_FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}  # not nnan, ninf: scores may be infinite
+
+
+def kernel(function: Callable[[Any], None]) -> Any:
+    """Compile a kernel; numba keeps the result on disk beside the source, or in the user's cache."""
+    return cfunc(SIGNATURE, cache=True, fastmath=_FAST_MATH, error_model="numpy")(function)
+
+
+class Team:
+    """The OpenMP threads of torch.
+
+    Raises:
+        NoKernels: this build of torch brings no GNU OpenMP.
+    """
+
+    def __init__(self) -> None:
+        found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+        if not found:
+            raise NoKernels("this build of torch brings no GNU OpenMP runtime")
+        runtime = ctypes.CDLL(str(found[0]))
+        self._parallel = runtime.GOMP_parallel
+        self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        self._parallel.restype = None
+
+    def run(self, address: int, words: np.ndarray) -> None:
+        """Run the kernel at `address` on as many threads as torch uses; returns when all have ended.
+
+        Args:
+            address: of a compiled kernel.
+            words: [n] int64; what it points to must stay alive meanwhile.
+        """
+        self._parallel(address, words.ctypes.data, torch.get_num_threads(), 0)
+
+
+@intrinsic
+def thread_num(_context: Any) -> Any:
+    """Which member of the team runs this, from 0."""
+    return _call_int32("omp_get_thread_num")
+
+
+@intrinsic
+def num_threads(_context: Any) -> Any:
+    """How many members the team has."""
+    return _call_int32("omp_get_num_threads")
+
+
+def _call_int32(name: str) -> Any:
+    def emit(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        return builder.sext(builder.call(function, []), ir.IntType(64))
+
+    return types.int64(), emit
+
+
+@intrinsic
+def pointer(_context: Any, _address: Any) -> Any:
+    """An address as something that `carray` takes."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), emit
+
+
+@intrinsic
+def widen(_context: Any, _bits: Any) -> Any:
+    """The float32 that equals a bfloat16, given by its bits."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), word(16)), ir.FloatType())
+
+    return types.float32(types.uint16), emit
+
+
+@intrinsic
+def narrow(_context: Any, _value: Any) -> Any:
+    """The bits of the bfloat16 nearest to a float32, ties to even as everywhere. Not for NaN."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
+
+    return types.uint16(types.float32), emit
