@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from engine.exactness import attend_exactly, is_exact
 from engine.inputs import AttentionInputs, Chunk, DecodeGroup
 
 # Queries of a chunk that has a past attend in runs of this many: the mask stays `run x keys`, and keys after the
@@ -56,6 +57,15 @@ def _attend_group(queries: torch.Tensor, layer: torch.Tensor, group: DecodeGroup
         gathered = gathered[:, :, :, group.first : group.end]
     keys, values = gathered.transpose(1, 2)  # [B, Hkv, S, D] each
     grouped = queries.view(size, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    if is_exact(queries):
+        visible = None if group.visible is None else group.visible.squeeze(1).repeat_interleave(num_kv_heads, dim=0)
+        num = size * num_kv_heads
+        return attend_exactly(
+            grouped.reshape(num, -1, head_dim),
+            keys.reshape(num, -1, head_dim),
+            values.reshape(num, -1, head_dim),
+            visible,
+        ).reshape(size, num_heads * head_dim)
     result = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.visible)
     return result.reshape(size, num_heads * head_dim)
 
@@ -70,9 +80,11 @@ def _attend_chunk(queries: torch.Tensor, keys_values: torch.Tensor, layer: torch
     num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads
     grouped = queries.view(length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hkv, G, C, D]
+    exact = is_exact(queries)
+    shared = keys, values
     keys = keys.unsqueeze(1).expand(-1, group, -1, -1)  # [Hkv, G, slots, D], one copy for G heads
     values = values.unsqueeze(1).expand(-1, group, -1, -1)
-    if chunk.page_ids is None and chunk.window is None:
+    if chunk.page_ids is None and chunk.window is None and not exact:
         result = functional.scaled_dot_product_attention(grouped, keys, values, is_causal=True)
         return result.permute(2, 0, 1, 3).reshape(length, num_heads * head_dim)
     output = torch.empty(length, num_kv_heads, group, head_dim, dtype=queries.dtype, device=queries.device)
@@ -86,9 +98,17 @@ def _attend_chunk(queries: torch.Tensor, keys_values: torch.Tensor, layer: torch
         visible = key_slots <= query_slots
         if chunk.window is not None:
             visible &= key_slots > query_slots - chunk.window
-        result = functional.scaled_dot_product_attention(
-            grouped[:, :, begin:end], keys[:, :, low:high], values[:, :, low:high], attn_mask=visible
-        )
+        if exact:
+            result = attend_exactly(
+                grouped[:, :, begin:end].reshape(num_kv_heads, -1, head_dim),
+                shared[0][:, low:high],
+                shared[1][:, low:high],
+                visible.repeat(group, 1),
+            ).view(num_kv_heads, group, end - begin, head_dim)
+        else:
+            result = functional.scaled_dot_product_attention(
+                grouped[:, :, begin:end], keys[:, :, low:high], values[:, :, low:high], attn_mask=visible
+            )
         output[begin:end] = result.permute(2, 0, 1, 3)
     return output.view(length, num_heads * head_dim)
 

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from engine.attention import attend
+from engine.exactness import is_exact, padded
 from engine.inputs import AttentionInputs, InputShape, StepInputs, TableRow, gather_plan
 from engine.rope import rotate
 
@@ -86,7 +87,16 @@ class TorchBackend:
     """Every operation in plain torch."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """The product by `torch.nn.functional.linear`; weights stay as they are."""
+        """The product by `torch.nn.functional.linear`; weights stay as they are.
+
+        In float32 on a CPU a token's result is the same to the last bit in any batch (see `engine.exactness`).
+        """
+        if is_exact(weight):
+
+            def exact(hidden: torch.Tensor) -> torch.Tensor:
+                return functional.linear(padded(hidden), weight, bias)[: hidden.shape[0]]
+
+            return exact
 
         def product(hidden: torch.Tensor) -> torch.Tensor:
             return functional.linear(hidden, weight, bias)
@@ -103,8 +113,11 @@ class TorchBackend:
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """In two elementwise passes."""
+        num_tokens = gate_up.shape[0]
+        if is_exact(gate_up):
+            gate_up = padded(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate).mul_(up)
+        return functional.silu(gate).mul_(up)[:num_tokens]
 
     def plan_rotation(self, angles: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs) -> object:
         """As they are."""

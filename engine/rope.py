@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from engine.exactness import padded
 from engine.rope_config import RopeConfig
 
 
@@ -43,12 +44,16 @@ class Rotary:
             lengths: [T] int64, sequence length that decides a token's base; read under dynamic scaling only.
             dtype: of queries and keys.
         """
+        num_tokens = positions.shape[0]
+        if positions.device.type == "cpu":  # see `engine.exactness`
+            positions, lengths = padded(positions), padded(lengths)
         frequencies = self._frequencies
         if self.needs_lengths:
             frequencies = self._dynamic_frequencies(lengths)  # [T, R]
         angles = (positions.to(torch.float32).unsqueeze(-1) * frequencies).unsqueeze(1)  # [T, 1, R] float32
         scale = self._config.attention_factor
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        return cos[:num_tokens], sin[:num_tokens]
 
     def _dynamic_frequencies(self, lengths: torch.Tensor) -> torch.Tensor:
         """`[T, R]` float32: the NTK base of each token's length, the trained one up to the original maximum."""
