@@ -26,6 +26,9 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
 class Backend(Protocol):
     """What `engine.transformer` asks for, layer by layer. All tensors are of the model's dtype unless said."""
 
+    def warm(self, *, group: int, head_dim: int, page_size: int) -> None:
+        """Compile what steps of this model will need: G, D, P. Called once, before the worker is ready."""
+
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """Take over a matrix `[out, in]` at load time and return its product; the place to pack weights.
 
@@ -85,6 +88,9 @@ class Backend(Protocol):
 
 class TorchBackend:
     """Every operation in plain torch."""
+
+    def warm(self, *, group: int, head_dim: int, page_size: int) -> None:
+        """Nothing is compiled."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """The product by `torch.nn.functional.linear`; weights stay as they are.

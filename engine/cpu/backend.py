@@ -26,6 +26,11 @@ class CpuBackend(PackedBackend):
         self._chunks = ChunkAttention()
         self._rows = _row_attention()
 
+    def warm(self, *, group: int, head_dim: int, page_size: int) -> None:
+        """Compile, or load from the cache, what decoding needs, so that no request waits for it."""
+        if self._rows is not None:
+            self._rows.compile(group, head_dim, page_size)
+
     def attention(
         self, queries: torch.Tensor, keys_values: torch.Tensor | None, layer: torch.Tensor, inputs: object
     ) -> torch.Tensor:
@@ -53,6 +58,10 @@ class RowAttention:
 
         self._compile = decode_attention
         self._team = Team()
+
+    def compile(self, group: int, head_dim: int, page_size: int) -> None:
+        """Have the kernel for this shape ready."""
+        self._compile(group, head_dim, page_size)
 
     def attend(self, queries: torch.Tensor, layer: torch.Tensor, rows: DecodeRows, output: torch.Tensor) -> None:
         """Attention of single tokens.

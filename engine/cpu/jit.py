@@ -28,8 +28,11 @@ _FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}  # not nnan, ninf: scores ma
 
 
 def kernel(function: Callable[[Any], None]) -> Any:
-    """Compile a kernel; numba keeps the result on disk beside the source, or in the user's cache."""
-    return cfunc(SIGNATURE, cache=True, fastmath=_FAST_MATH, error_model="numpy")(function)
+    """Compile a kernel; numba keeps the result on disk beside the source, or in the user's cache (NUMBA_CACHE_DIR)."""
+    try:
+        return cfunc(SIGNATURE, cache=True, fastmath=_FAST_MATH, error_model="numpy")(function)
+    except RuntimeError:  # neither place can be written: compiled anew at every start
+        return cfunc(SIGNATURE, fastmath=_FAST_MATH, error_model="numpy")(function)
 
 
 class Team:

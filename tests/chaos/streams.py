@@ -16,10 +16,7 @@ from tokenizers import Tokenizer
 
 LOGPROB_TOLERANCE = 1e-3
 TIMEOUT_S = 90.0
-MIN_P = 0.005
-"""Cuts the far tail of each distribution. There thousands of candidates share a thousandth of the mass, and the last
-bits of a float32 score, which depend on who else is in the batch, decide which of them is drawn, undisturbed or not."""
-_FREE = {"model": "demo", "temperature": 1.0, "min_p": MIN_P, "ignore_eos": True}
+_FREE = {"model": "demo", "temperature": 1.0, "ignore_eos": True}
 _WAYS: list[dict[str, Any]] = [
     {"stream": True},
     {"stream": True, "logprobs": 3},
