@@ -138,7 +138,7 @@ def test_a_search_probes_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_interference_compares_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, report = tmp_path / "i.html", tmp_path / "i.json"
     with serve(Fake(ttft_s=0.01, itl_s=0.005)) as fake:
-        words = ["--concurrency", "3", "--duration-s", "0.6", "--intruder-len", "200", "--html", str(page)]
+        words = ["--concurrency", "3", "--duration-s", "1.5", "--intruder-len", "200", "--html", str(page)]
         assert main(["interference", "--url", fake.url, *SMALL, *words, "--json", str(report)]) == 0
     outcome = json.loads(report.read_text())["outcome"]
     assert 0.3 < outcome["itl_p50_ratio"] < 3
