@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from fleet.usage import MemoryUsage
 from gateway.api import endpoints, operations
 from gateway.api.answer_headers import add_headers
+from gateway.api.anthropic_api.endpoints import messages_router
 from gateway.api.auth import KeyGuard, KeyStore
 from gateway.api.config import ApiConfig
 from gateway.api.context import ApiContext, UsageLedger
@@ -32,6 +33,7 @@ from gateway.pipeline import Pipeline
 
 EXPOSED_HEADERS = [
     "x-request-id",
+    "request-id",
     "retry-after",
     "x-should-retry",
     *(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
@@ -79,6 +81,7 @@ def create_app(
             endpoints.chat_completions,
             endpoints.completions,
             embeddings,
+            messages_router(),
             responses_endpoints.create_response,
             responses_endpoints.count_input_tokens,
             responses_endpoints.get_response,

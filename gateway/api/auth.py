@@ -12,6 +12,7 @@ from fleet.keys import ApiKey, hash_secret
 from gateway.errors import InvalidKey, Unavailable
 
 BEARER = "bearer "
+KEY_HEADER = "x-api-key"
 STATE_KEY = "api_key"
 MAX_SECRET_CHARS = 512
 OPEN = "open"  # route option: no key is asked for
@@ -61,7 +62,8 @@ class KeyGuard:
         """Raises: InvalidKey; Unavailable if the keys cannot be looked up."""
         if handler.opt.get(OPEN) or self._store is None or not self._store.required:
             return
-        secret = _bearer(connection.headers.get("authorization"))
+        headers = connection.headers
+        secret = _bearer(headers.get("authorization")) or _bounded(headers.get(KEY_HEADER, ""))
         if secret is None:
             raise InvalidKey("You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'.")
         try:
@@ -76,5 +78,9 @@ class KeyGuard:
 def _bearer(header: str | None) -> str | None:
     if header is None or header[: len(BEARER)].lower() != BEARER:
         return None
-    secret = header[len(BEARER) :].strip()
+    return _bounded(header[len(BEARER) :])
+
+
+def _bounded(text: str) -> str | None:
+    secret = text.strip()
     return secret if 0 < len(secret) <= MAX_SECRET_CHARS else None

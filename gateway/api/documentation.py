@@ -31,7 +31,8 @@ from litestar.openapi.spec import (
     SecurityScheme,
 )
 
-from gateway.api.auth import OPEN
+from gateway.api.anthropic_api.requests import CountMessageTokensRequest, CreateMessageRequest
+from gateway.api.auth import KEY_HEADER, OPEN
 from gateway.api.replies import as_api_error, error_reply
 from gateway.api.requests import (
     ChatCompletionRequest,
@@ -47,6 +48,8 @@ _TEMPLATE = "#/components/schemas/{name}"
 _BODIES = (
     ChatCompletionRequest,
     CompletionRequest,
+    CountMessageTokensRequest,
+    CreateMessageRequest,
     CreateResponseRequest,
     EmbeddingRequest,
     InputTokensRequest,
@@ -86,23 +89,28 @@ _RARER_FAILURES = {
 }
 
 
-def answers(success: type[msgspec.Struct], *rarer: int) -> dict[int, ResponseSpec]:
+def answers(
+    success: type[msgspec.Struct], *rarer: int, failure: type[msgspec.Struct] = ErrorBody
+) -> dict[int, ResponseSpec]:
     """The documented answers of a handler: success, the usual failures, and the rarer ones named."""
     specs = {200: ResponseSpec(success, generate_examples=False, description="Success")}
     for status, description in {**_FAILURES, **{status: _RARER_FAILURES[status] for status in rarer}}.items():
-        specs[status] = ResponseSpec(ErrorBody, generate_examples=False, description=description)
+        specs[status] = ResponseSpec(failure, generate_examples=False, description=description)
     return specs
 
 
 def openapi_config(version: str) -> OpenAPIConfig:
     """Litestar's OpenAPI configuration: our own page at `/schema`, JSON, YAML, and two that need the internet."""
     bearer = SecurityScheme(type="http", scheme="bearer", description="An API key")
+    header = SecurityScheme(
+        type="apiKey", name=KEY_HEADER, security_scheme_in="header", description="The same, as Anthropic's SDKs send it"
+    )
     return OpenAPIConfig(
         title="Baton",
         version=version,
         description="OpenAI-compatible API of a disaggregated language-model server.",
-        components=Components(security_schemes={"apiKey": bearer}),
-        security=[{"apiKey": []}],
+        components=Components(security_schemes={"apiKey": bearer, "apiKeyHeader": header}),
+        security=[{"apiKey": []}, {"apiKeyHeader": []}],
         openapi_router=Router(
             "/schema", route_handlers=[], opt={OPEN: True}, include_in_schema=False, after_request=_plain_not_found
         ),

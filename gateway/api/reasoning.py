@@ -12,6 +12,11 @@ _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _SWITCHES = ("enable_thinking", "thinking")  # of Qwen3 and of DeepSeek V3.1
 
 
+def reads_effort(model: ServedModel) -> bool:
+    """Whether the model's chat template has a variable that `reasoning_effort` can set."""
+    return not _known(model).isdisjoint(("reasoning_effort", *_SWITCHES))
+
+
 def template_variables(given: Mapping[str, Any], effort: str | None, model: ServedModel) -> dict[str, Any]:
     """`chat_template_kwargs` together with what `reasoning_effort` sets; what the client set itself wins.
 
@@ -25,7 +30,7 @@ def template_variables(given: Mapping[str, Any], effort: str | None, model: Serv
         raise InvalidRequest(
             f"'reasoning_effort' is one of {', '.join(_EFFORTS)}.", param="reasoning_effort", code="invalid_value"
         )
-    known = model.card.template.variables if model.card.template is not None else frozenset()
+    known = _known(model)
     if "reasoning_effort" in known:
         variables.setdefault("reasoning_effort", effort)
         return variables
@@ -38,3 +43,7 @@ def template_variables(given: Mapping[str, Any], effort: str | None, model: Serv
         param="reasoning_effort",
         code="unsupported_parameter",
     )
+
+
+def _known(model: ServedModel) -> frozenset[str]:
+    return model.card.template.variables if model.card.template is not None else frozenset()

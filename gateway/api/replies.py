@@ -77,10 +77,15 @@ def exception_handlers() -> ExceptionHandlersMap:
     return {Exception: _handle, HTTPException: _handle}
 
 
-def _handle(request: AnyRequest, error: Exception) -> Response[bytes]:
+def logged_api_error(request: AnyRequest, error: Exception) -> ApiError:
+    """The failure of a request as its client may see it; what is a fault of ours goes to the log."""
     shown = as_api_error(error)
     if shown.status >= 500 and not isinstance(error, PipelineError | ApiError):
         structlog.get_logger("gateway.api").error(
             "request failed", path=request.url.path, exc_info=(type(error), error, error.__traceback__)
         )
-    return error_reply(shown)
+    return shown
+
+
+def _handle(request: AnyRequest, error: Exception) -> Response[bytes]:
+    return error_reply(logged_api_error(request, error))

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from support.anthropic_wire import check_message_error
 from support.fleet import DEMO, Fleet
 from support.openai_wire import MODEL, check_error
 from support.redis_server import RedisServer
@@ -61,7 +62,8 @@ def try_out(operation: Any, http: httpx.Client) -> list[int]:
         statuses.append(answer.status_code)
         assert answer.status_code < 500, (operation.label, sent.get("json"), answer.text)
         if answer.status_code >= 400 and case.method != "HEAD":
-            check_error(answer, answer.status_code)
+            check = check_message_error if "/messages" in operation.path else check_error
+            check(answer, answer.status_code)
 
     attempt()
     return statuses

@@ -9,6 +9,7 @@ import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
+from gateway.api.anthropic_api.requests import CreateMessageRequest
 from gateway.api.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -21,7 +22,15 @@ DOCS = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8
 
 
 @pytest.mark.parametrize(
-    "body", [ChatCompletionRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest]
+    "body",
+    [
+        ChatCompletionRequest,
+        CompletionRequest,
+        CreateMessageRequest,
+        EmbeddingRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    ],
 )
 def test_every_field_is_described(body: type[msgspec.Struct]) -> None:
     missing = [name for name in body.__struct_encode_fields__ if f"`{name}" not in DOCS]
