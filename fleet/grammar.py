@@ -81,10 +81,13 @@ def library_source(grammar: Grammar) -> str:
 
 
 def limits() -> LLParserLimits:
-    """Bounds of one matcher: about 20 ms for its construction or one mask, and tens of MiB, before it gives up."""
+    """Bounds of one matcher: about 40 ms for one mask, and tens of MiB, before it gives up.
+
+    The library's own bound of a row, 2,000 items, would end objects of 500 optional properties, at four items each.
+    """
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    return LLParserLimits(max_lexer_states=50_000, max_items_in_row=10_000, verbose_errors=False)
 
 
 @lru_cache(maxsize=_NUM_CHECKED)

@@ -12,6 +12,7 @@ from typing import Any
 MAX_SUBSCHEMAS = 5000
 MAX_DEPTH = 64
 MAX_COUNT = 10_000  # of minItems, minLength and the like
+MAX_OPTIONAL = 2000  # properties of one object; a matcher follows all that may come next (see fleet.grammar.limits)
 
 _MAX_ROUNDS = 100
 
@@ -90,13 +91,16 @@ def _check_keywords(place: str, node: dict[str, Any]) -> None:
         if keyword.startswith("min") and isinstance(count, int | float) and count > MAX_COUNT:
             raise SchemaProblem(f"{place}/{keyword} is {count}; at most {MAX_COUNT} is supported")
     # Free property names may repeat in an answer, and then count once.
-    required = len(set(node["required"])) if _is_strings(node.get("required")) else 0
+    required = set(node["required"]) if _is_strings(node.get("required")) else set()
     minimum = node.get("minProperties", 0)
-    if isinstance(minimum, int | float) and minimum > required + 1:
+    if isinstance(minimum, int | float) and minimum > len(required) + 1:
         raise SchemaProblem(
-            f"{place}/minProperties is {minimum}: at most one property beyond the {required} required ones can be "
+            f"{place}/minProperties is {minimum}: at most one property beyond the {len(required)} required ones can be "
             "demanded; list them in 'required'"
         )
+    properties = node.get("properties")
+    if isinstance(properties, dict) and len(properties.keys() - required) > MAX_OPTIONAL:
+        raise SchemaProblem(f"{place} has more than {MAX_OPTIONAL} optional properties; list them in 'required'")
 
 
 def _check_finite(nodes: dict[str, Any]) -> None:

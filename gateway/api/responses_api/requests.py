@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from gateway.api.formats import OutputFormat
-from gateway.api.requests import MAX_TOP_LOGPROBS, SamplingFields
+from gateway.api.requests import MAX_TOP_LOGPROBS, FunctionName, SamplingFields
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -30,7 +30,7 @@ class TextSettings(_Part):
 class FunctionTool(_Part, tag="function", tag_field="type"):
     """A function that the model may call."""
 
-    name: str
+    name: FunctionName
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
     description: str | None = None

@@ -68,6 +68,13 @@ def test_regular_expressions_match_the_whole_answer(model: ConstrainedModel, pat
         assert re.fullmatch(pattern, answer.text), answer
 
 
+def test_two_thousand_optional_properties_are_followed(model: ConstrainedModel) -> None:
+    many = {**objects(**{f"p{i}": {"type": "integer", "maximum": 9} for i in range(2000)}), "required": []}
+    answer = one(model, of_schema({"type": "array", "items": many, "minItems": 1}), max_tokens=20)
+    assert answer.finish is not FinishReason.ERROR, answer
+    assert re.match(r"\[\s*\{", answer.text)
+
+
 def test_choices_and_grammars(model: ConstrainedModel) -> None:
     choice = Grammar(GrammarKind.LARK, 'start: "yes" | "no" | "per \\"haps\\""')
     texts = {one(model, choice, seed=seed).text for seed in range(12)}

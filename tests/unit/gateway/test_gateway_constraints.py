@@ -136,7 +136,8 @@ async def test_sizes_are_bounded_in_time_too() -> None:
     deep: Any = {}
     for _ in range(200):
         deep = {"type": "array", "items": deep}
-    wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(6000)}}
+    many = {f"p{i}": {"type": "string"} for i in range(6000)}
+    wide = {"type": "object", "properties": many, "required": list(many)}
     chain = {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)}, "$ref": "#/$defs/d0"}
     chain["$defs"]["d3000"] = {"type": "string"}  # type: ignore[index]
     shuffled = {"$ref": "#/$defs/d0", "$defs": dict(sorted(chain["$defs"].items(), key=lambda item: hash(item[0])))}  # type: ignore[attr-defined]
@@ -147,6 +148,7 @@ async def test_sizes_are_bounded_in_time_too() -> None:
     began_s = time.perf_counter()
     assert "nested deeper" in await refusal(deep)
     assert "subschemas" in await refusal(wide)
+    assert "optional properties" in await refusal({"type": "object", "properties": {f"p{i}": {} for i in range(2001)}})
     assert "characters" in await refusal({"type": "string", "enum": ["x" * 300_000]})
     for schema in (chain, shuffled, doubled):
         try:
@@ -158,7 +160,8 @@ async def test_sizes_are_bounded_in_time_too() -> None:
 
 async def test_many_properties_and_recursion_are_served() -> None:
     many = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}}
-    assert (await schema_grammar(many, param="here")).kind is GrammarKind.JSON_SCHEMA
+    for schema in (many, {**many, "required": list(many["properties"])}):
+        assert (await schema_grammar(schema, param="here")).kind is GrammarKind.JSON_SCHEMA
     tree = {
         "type": "object",
         "properties": {"v": {"type": "integer"}, "kids": {"type": "array", "items": {"$ref": "#"}}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import openai
+import pytest
 from gateway_kit import MODEL, FakePipeline, make_app, serving, tiny_model
 from test_gateway_tools import CALL, HERMES, PARIS, card
 
@@ -47,3 +48,14 @@ async def test_a_tool_round_trip_with_reasoning() -> None:
         assert answer.usage is not None
         assert counted.input_tokens == answer.usage.input_tokens
         assert answer.tools[0].to_dict() == TOOL
+
+
+async def test_a_function_name_that_chat_refuses_is_refused_here_too() -> None:
+    async with (
+        serving(make_app(FakePipeline(tiny_model(card=card(HERMES))))) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk,
+    ):
+        for name in ("get weather", "x" * 65, ""):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await sdk.responses.create(model=MODEL, input="weather?", tools=[{**TOOL, "name": name}])
+            assert refused.value.param == "tools[0].name"
