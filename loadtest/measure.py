@@ -63,11 +63,11 @@ async def measure(
     workload = Workload(settings, server, target.model, target.dialect, target.sizes, share=share, trace=trace)
     total = settings.num_requests
     limit = Limit(None if total is None else share.count_of(total), settings.duration_s)
-    start_at_s = clock() if start_at_s is None else start_at_s
-    client = Client(server, tally, clock, start_at_s, settings.timeout_s)
-    runner = Runner(client, workload, limit)
-    on_stoppable(runner.stop)
-    with quiet_collector():
+    with quiet_collector():  # before the clock starts: collecting may take a while
+        start_at_s = clock() if start_at_s is None else start_at_s
+        client = Client(server, tally, clock, start_at_s, settings.timeout_s)
+        runner = Runner(client, workload, limit)
+        on_stoppable(runner.stop)
         await asyncio.sleep(max(0.0, start_at_s - clock()))
         monitor = LagMonitor(clock)
         async with asyncio.TaskGroup() as group:
