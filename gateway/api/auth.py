@@ -65,7 +65,9 @@ class KeyGuard:
         headers = connection.headers
         secret = _bearer(headers.get("authorization")) or _bounded(headers.get(KEY_HEADER, ""))
         if secret is None:
-            raise InvalidKey("You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'.")
+            raise InvalidKey(
+                "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY' or 'x-api-key: YOUR_KEY'."
+            )
         try:
             key = await self._store.lookup(secret)
         except KeyStoreUnavailable as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
+import pydantic
 import pytest
 from support.anthropic_wire import check_message_error
 from support.fleet import Fleet
@@ -22,6 +23,15 @@ WEATHER: Any = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 QUESTION: Any = {"role": "user", "content": "What is the weather in Paris?"}
+
+
+class Place(pydantic.BaseModel):
+    """Where something is."""
+
+    latitude: Literal[1, 2, 3]
+    north: bool
+
+
 STORY: dict[str, Any] = {
     "model": MODEL, "max_tokens": 24, "messages": [{"role": "user", "content": "Tell me a long story."}],
     "extra_body": GREEDY,
@@ -79,6 +89,20 @@ def test_a_question_becomes_a_call_and_its_result_an_answer(client: anthropic.An
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "sunny, 25 degrees"}
     last = ask([QUESTION, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}])
     assert (last.stop_reason, text_of(last)) == ("end_turn", "In Paris it is sunny with 25 degrees.")
+
+
+def test_helpers_of_the_sdk(client: anthropic.Anthropic) -> None:
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Weather of a city."""
+        return f"sunny, {20 + len(city)} degrees"
+
+    runner: Any = client.beta.messages.tool_runner(
+        model=MODEL, max_tokens=100, messages=[QUESTION], tools=[get_weather], extra_body=GREEDY
+    )
+    assert runner.until_done().content[0].text == "In Paris it is sunny with 25 degrees."
+    parsed = client.messages.parse(**{**STORY, "max_tokens": 60}, output_format=Place)
+    assert isinstance(parsed.parsed_output, Place)
 
 
 def test_choices_stops_and_errors(demo_fleet: Fleet, client: anthropic.Anthropic) -> None:

@@ -12,7 +12,7 @@ def check_message_error(answer: httpx.Response, status: int) -> None:
     assert answer.status_code == status, answer.text[:500]
     body = decode(answer.content)
     assert set(body) == {"type", "error", "request_id"}
-    assert set(body["error"]) == {"type", "message"}
+    assert {"type", "message"} <= set(body["error"]) <= {"type", "message", "details"}
     assert body["type"] == "error"
     assert body["request_id"] == answer.headers["request-id"]
     assert body["error"]["message"]

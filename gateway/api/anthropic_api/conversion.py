@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from fleet.keys import ApiKey
+from gateway.api.anthropic_api.errors import NO_THREADS
 from gateway.api.anthropic_api.requests import (
     AnyChoice,
     AssistantTurn,
@@ -56,6 +57,10 @@ _NAMES = {"'response_format'": "'output_config.format'", "'reasoning_effort'": "
 
 async def message_job(api: ApiContext, request: CreateMessageRequest, key: ApiKey | None) -> Job:
     """The job of a message. `max_tokens` gives way to the room that the prompt leaves. Raises: ApiError."""
+    if request.thread is not None:
+        raise InvalidRequest(
+            "'thread' is not supported by this server: send the whole conversation.", param="thread", code=NO_THREADS
+        )
     chat = chat_of(request, api.find_model(request.model, key))
     chat.stream = request.stream
     chat.stop = request.stop_sequences
@@ -85,6 +90,8 @@ def chat_of(request: CountMessageTokensRequest, model: ServedModel) -> ChatCompl
     """The chat request with the same prompt, tools and form. Raises: InvalidRequest."""
     output = request.output_config
     continues = isinstance(request.messages[-1], AssistantTurn)
+    if continues and any(isinstance(block, ToolUseBlock) for block in _blocks(request.messages[-1])):
+        raise InvalidRequest("'messages' ends with a tool_use block; its tool_result must follow.", param="messages")
     return ChatCompletionRequest(
         model=request.model,
         messages=[*_system(request.system), *_messages(request.messages)],

@@ -5,11 +5,14 @@ from __future__ import annotations
 from litestar import Response
 from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap
+from msgspec import UNSET
 
 from gateway.api.answer_headers import note_headers, request_id_of
-from gateway.api.anthropic_api.objects import MessageError, MessageErrorBody
+from gateway.api.anthropic_api.objects import ErrorDetails, MessageError, MessageErrorBody
 from gateway.api.replies import AnyRequest, json_reply, logged_api_error
 from gateway.errors import ApiError
+
+NO_THREADS = "thread_unsupported_request"
 
 _TYPES = {
     401: "authentication_error",
@@ -24,7 +27,8 @@ _TYPES = {
 def message_error(error: ApiError, request_id: str) -> MessageErrorBody:
     """The error in Anthropic's shape."""
     other = "invalid_request_error" if error.status < 500 else "api_error"
-    return MessageErrorBody(MessageError(_TYPES.get(error.status, other), error.message), request_id)
+    details = ErrorDetails(error.code, ["thread"]) if error.code == NO_THREADS else UNSET
+    return MessageErrorBody(MessageError(_TYPES.get(error.status, other), error.message, details), request_id)
 
 
 def name_answer(request: AnyRequest) -> str:

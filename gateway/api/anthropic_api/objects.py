@@ -83,11 +83,19 @@ class MessageTokensCount(msgspec.Struct):
     input_tokens: int
 
 
+class ErrorDetails(msgspec.Struct):
+    """What an SDK can react to: which parts of the request are not to be had here."""
+
+    error_code: str
+    unsupported: list[str]
+
+
 class MessageError(msgspec.Struct):
     """What went wrong."""
 
     type: str
     message: str
+    details: ErrorDetails | UnsetType = UNSET
 
 
 class MessageErrorBody(msgspec.Struct):

@@ -169,7 +169,7 @@ class CountMessageTokensRequest(_Part, kw_only=True):
 
 
 class CreateMessageRequest(CountMessageTokensRequest, kw_only=True):
-    """`POST /v1/messages`."""
+    """`POST /v1/messages`. `thread` is refused in the words at which the SDK's tool runner goes on without one."""
 
     max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     stream: bool | None = None
@@ -179,3 +179,4 @@ class CreateMessageRequest(CountMessageTokensRequest, kw_only=True):
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    thread: dict[str, Any] | None = None

@@ -28,6 +28,7 @@ TEMPLATE = (
     + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{# <tool_call> #}"
 )
 TEXT = {"type": "text", "text": "no"}
+CALLED = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Rome"}}
 WEATHER: Any = {
     "name": "get_weather",
     "description": "Weather of a city",
@@ -91,7 +92,7 @@ async def test_turns_become_the_conversation(sdk: anthropic.AsyncAnthropic, pipe
             "content": [
                 {"type": "thinking", "thinking": "hm", "signature": ""},
                 {"type": "text", "text": "two"},
-                {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Rome"}},
+                CALLED,
             ],
         },
         {
@@ -205,6 +206,19 @@ async def test_the_order_of_events(client: Client, pipeline: FakePipeline) -> No
     assert blocks == sorted(blocks, key=lambda event: event["index"])
 
 
+async def test_a_call_that_is_cut_off(client: Client, pipeline: FakePipeline) -> None:
+    pipeline.text = CALL
+    most = len(encode(pipeline.served[0], CALL.partition("aris")[0]))
+    ask = {**ASK, "tools": [WEATHER], "max_tokens": most}
+    whole = (await client.post(URL, json=ask)).json()
+    assert (whole["stop_reason"], whole["content"][0]["input"]) == ("max_tokens", {})
+    events = events_of((await client.post(URL, json={**ask, "stream": True})).text)
+    written = "".join(event["delta"]["partial_json"] for event in events if event["type"] == "content_block_delta")
+    assert written == '{"city": "P'
+    assert events[-3]["type"] == "content_block_stop"
+    assert events[-2]["delta"]["stop_reason"] == "max_tokens"
+
+
 async def test_tool_choice_thinking_and_forms_reach_the_sampler(client: Client, pipeline: FakePipeline) -> None:
     async def grammar(**fields: Any) -> Any:
         answer = await client.post(URL, json={**ASK, **fields})
@@ -239,6 +253,7 @@ async def test_tool_choice_thinking_and_forms_reach_the_sampler(client: Client, 
         ({"messages": [{"role": "system", "content": "x"}]}, "system"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, "document"),
+        ({"messages": [*ASK["messages"], {"role": "assistant", "content": [TEXT, CALLED]}]}, "tool_result must follow"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"thinking": {"type": "enabled", "budget_tokens": 10}}, "budget_tokens"),
