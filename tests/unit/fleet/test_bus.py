@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import zmq
+from support.fleet import DEMO
 
 from fleet.bus import Bus, BusConfig, Delivery
+from fleet.curve import CurveKeys
 from fleet.errors import AddressInUse, BusClosed, SettingsError
 from fleet.messages import Cancel
+from fleet.wire import encode
 
 SECRET = "correct horse battery"
 
@@ -96,6 +103,62 @@ async def test_without_the_secret_nobody_gets_in() -> None:
         other.send(inside.address, Cancel(request_id="r", epoch=0))
         bare.send(inside.address, Cancel(request_id="r", epoch=0))
         assert await take(inside, 1, within_s=0.5) == []
+
+
+def unknown_pair() -> tuple[bytes, bytes]:
+    """A CURVE pair that the secret does not give."""
+    public, secret = zmq.curve_keypair()
+    return public, secret
+
+
+async def test_an_inbox_beyond_loopback_hears_the_fleet_alone() -> None:
+    """Bound to every address; strangers come to 127.0.0.2 bare, with PLAIN, and with the door's own public key."""
+    message = encode(Cancel(request_id="stranger", epoch=0), [])
+    beyond = BusConfig(bind_host="0.0.0.0", advertise_host="127.0.0.2", cluster_secret=SECRET)
+    with zmq.Context() as context:
+        async with Bus(beyond) as inside, Bus(BusConfig(bind_host="127.0.0.3", cluster_secret=SECRET)) as member:
+            strangers = [context.socket(zmq.DEALER) for _ in range(3)]
+            bare, plain, keyed = strangers
+            plain.plain_username, plain.plain_password = b"baton", SECRET.encode()
+            keyed.curve_serverkey = CurveKeys.derive(SECRET).server.public
+            keyed.curve_publickey, keyed.curve_secretkey = unknown_pair()
+            for stranger in (bare, plain, keyed):
+                stranger.setsockopt(zmq.LINGER, 0)
+                stranger.connect(inside.address)
+                stranger.send_multipart(message)
+            assert await take(inside, 1, within_s=0.5) == []
+            assert member.send(inside.address, Cancel(request_id="member", epoch=0))
+            assert [d.message for d in await take(inside, 1)] == [Cancel(request_id="member", epoch=0)]
+            assert await take(inside, 1, within_s=0.2) == []
+            for stranger in strangers:
+                stranger.close()
+    assert inside.counters.malformed == 0
+
+
+async def test_the_fleet_tells_nothing_to_an_inbox_without_the_secret() -> None:
+    """Somebody who got himself into the registry, or took over an address, is not spoken to."""
+    message = Cancel(request_id="r", epoch=0)
+    async with Bus(BusConfig(bind_host="127.0.0.2", cluster_secret=SECRET)) as member, Bus(BusConfig()) as bare:
+        assert member.send(bare.address, message)
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as keyed:
+            keyed.setsockopt(zmq.LINGER, 0)
+            keyed.curve_server = True
+            keyed.curve_publickey, keyed.curve_secretkey = unknown_pair()
+            port = keyed.bind_to_random_port("tcp://127.0.0.4")
+            assert member.send(f"tcp://127.0.0.4:{port}", message)
+            assert await take(bare, 1, within_s=0.5) == []
+            assert not keyed.poll(0)
+
+
+@pytest.mark.parametrize("module", ["prefill_svc", "decode_svc"])
+def test_a_worker_beyond_loopback_does_not_start_without_the_secret(module: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
+    environment |= {"BATON_BIND_HOST": "0.0.0.0", "BATON_MODEL": str(DEMO)}
+    ended = subprocess.run(
+        [sys.executable, "-m", module], env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
+    assert ended.returncode != 0
+    assert b"BATON_CLUSTER_SECRET" in ended.stdout + ended.stderr
 
 
 async def test_poison_is_counted_and_the_next_message_arrives() -> None:
