@@ -35,6 +35,7 @@ from gateway.app import create_app
 from gateway.catalog import Catalog
 from gateway.directory import Directory, Worker
 from gateway.fleet_pipeline import FleetPipeline
+from gateway.http_door import BoundedHttp
 from gateway.key_store import CachedKeys
 from gateway.metrics import GatewayMetrics
 from gateway.requests import RequestTable
@@ -171,7 +172,7 @@ async def _run(
         uvicorn.Config(
             app,
             loop="none",
-            http="httptools",
+            http=BoundedHttp,
             ws="none",
             lifespan="on",
             log_config=None,

@@ -21,6 +21,7 @@ from fleet.types import FinishReason, Pooling, SamplingParams, TokenLogprob, Top
 from gateway.api.config import ApiConfig
 from gateway.app import create_app
 from gateway.errors import Overloaded, PipelineError
+from gateway.http_door import BoundedHttp
 from gateway.pipeline import ModelReadiness, Readiness, ServedModel, Tokens
 from gateway.text.card import ModelCard
 
@@ -282,7 +283,7 @@ async def serving(app: Litestar) -> AsyncIterator[str]:
                 log_config=None,
                 lifespan="on",
                 ws="none",
-                http="httptools",
+                http=BoundedHttp,
                 loop="asyncio",
                 timeout_graceful_shutdown=1,  # a failed test may leave connections behind
             )
