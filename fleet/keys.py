@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from typing import Any
 
 import msgspec
 
@@ -74,9 +75,20 @@ class KeyRegistry:
         pipe.set(self._made, b"1")
         await pipe.execute()
 
-    async def has_memory(self) -> bool:
-        """Whether Redis knows that keys were made; if it does not and one is missing, it has lost its data."""
-        return bool(await self._redis.exists(self._made))
+    async def recall(self) -> tuple[dict[str, ApiKey], bool]:
+        """All keys by the hash of their secret, and whether Redis knows that keys were made.
+
+        If it does not and a key is missing, it has lost its data. Both are read in one transaction: apart, another
+        gateway could write its keys back between them, and lost keys would look like revoked ones.
+        """
+        pipe = self._redis.pipeline()
+        pipe.hgetall(self._key)
+        pipe.exists(self._made)
+        stored, made = await pipe.execute()
+        return self._decoded(stored), bool(made)
+
+    def _decoded(self, stored: Any) -> dict[str, ApiKey]:
+        return {as_bytes(name).decode(): self._decoder.decode(as_bytes(raw)) for name, raw in stored.items()}
 
     async def list(self) -> list[ApiKey]:
         """All keys, oldest first."""
@@ -85,8 +97,7 @@ class KeyRegistry:
 
     async def by_hash(self) -> dict[str, ApiKey]:
         """All keys by the hash of their secret, for a gateway to cache."""
-        stored = await self._redis.hgetall(self._key)
-        return {as_bytes(name).decode(): self._decoder.decode(as_bytes(raw)) for name, raw in stored.items()}
+        return self._decoded(await self._redis.hgetall(self._key))
 
     async def revoke(self, key_id: str) -> bool:
         """Delete a key; False when there is none of this id."""

@@ -45,8 +45,8 @@ class CachedKeys:
 
         Revoked keys are told from lost ones by the mark that making one leaves behind.
         """
-        stored = await self._registry.by_hash()
-        if (stored or self._by_hash) and not await self._registry.has_memory():
+        stored, remembers = await self._registry.recall()
+        if (stored or self._by_hash) and not remembers:
             _log.warning("Redis has no memory of API keys, writing them back", count=len(self._by_hash | stored))
             stored = self._by_hash | stored
             await self._registry.put(stored)
