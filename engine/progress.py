@@ -72,7 +72,7 @@ def settle(
     if isinstance(result, Failed):
         return RowProgress(sequence, nothing, None, index, FinishReason.ERROR, result.message)
     if isinstance(result, Complete):
-        return RowProgress(sequence, nothing, None, index, FinishReason.STOP)
+        return RowProgress(sequence, nothing, None, index, FinishReason.STOP, scored=scored)
 
     sequence.num_computed_tokens = row.start + row.count
     new_pages = range(first_page, sequence.num_computed_tokens // page_size)
