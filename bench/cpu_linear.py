@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from machine_limits import best_s
 
 from engine.backend import Linear, TorchBackend
 from engine.packed_backend import PackedBackend, can_pack
@@ -24,17 +24,6 @@ from engine.packed_backend import PackedBackend, can_pack
 LAYERS = 28
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))  # [out, in] of qkv, o, gate_up, down
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
-
-
-def best_s(work: Callable[[], object], rounds: int) -> float:
-    """The best of several calls, after a warm-up: what disturbs a run only ever adds."""
-    work()
-    times = []
-    for _ in range(rounds):
-        began_s = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began_s)
-    return min(times)
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ class KeyRegistry:
     async def list(self) -> list[ApiKey]:
         """All keys, oldest first."""
         stored = await self._redis.hgetall(self._key)
-        return sorted((self._decoder.decode(as_bytes(raw)) for raw in stored.values()), key=lambda key: key.created_s)
+        return sorted(self._decoded(stored).values(), key=lambda key: key.created_s)
 
     async def by_hash(self) -> dict[str, ApiKey]:
         """All keys by the hash of their secret, for a gateway to cache."""
