@@ -7,13 +7,14 @@ import sys
 
 from fleet.lifecycle import run_from_settings
 from fleet.service_settings import DecodeSettings
+from fleet.worker_run import check
 
 
 def main() -> int:
     """Run until a signal; returns the exit code."""
 
     async def serve_lazily(settings: DecodeSettings, stop: asyncio.Event) -> None:
-        # The engine's imports take seconds; settings are checked before.
+        check(settings)  # before the engine's imports, which take seconds
         from decode_svc.service import serve
 
         await serve(settings, stop)

@@ -20,13 +20,13 @@ from typing import Self
 import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
-from zmq.utils.monitor import parse_monitor_message
 
 from fleet.curve import MIN_SECRET_LEN, CurveKeys
 from fleet.errors import AddressInUse, BusClosed, SettingsError, WireError
 from fleet.logs import get_logger
 from fleet.messages import Message
 from fleet.settings import FleetSettings
+from fleet.socket_monitor import REFUSED, SocketMonitor
 from fleet.wire import MAX_MESSAGE_BYTES, Frame, decode, encode
 
 QUEUE_LEN = 20_000
@@ -38,8 +38,9 @@ WATCH_S = 0.03
 LOST_FOR_SILENCES = 2
 """A peer that cannot be reached for so many times `silence_s` is forgotten: it costs sockets, and its address may be
 another's by then. Whoever still has something to say to it connects anew."""
-_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-_WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _REFUSED
+DOOR_QUIET_S = 30.0
+"""Strangers knock again and again: a log line tells of them at most so often, the count of each time."""
+_WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | REFUSED
 
 _log = get_logger("bus")
 
@@ -54,11 +55,16 @@ class Delivery:
 
 @dataclass(slots=True)
 class BusCounters:
-    """What went wrong on the bus since start; all stay zero on a healthy fleet."""
+    """What went wrong on the bus since start; all stay zero on a healthy fleet.
+
+    `refused_handshakes` counts the times that somebody without the cluster secret, or who spoke no ZMTP, came to the
+    inbox and was sent away.
+    """
 
     dropped: int = 0
     malformed: int = 0
     lost_peers: int = 0
+    refused_handshakes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,20 @@ class BusConfig:
             silence_s=settings.lease_s,
         )
 
+    def check(self) -> None:
+        """Whether these settings fit together.
+
+        Raises:
+            SettingsError: an inbox beyond loopback without a usable cluster secret.
+        """
+        if not is_loopback(self.bind_host) and not self.cluster_secret:
+            raise SettingsError(
+                f"BATON_BIND_HOST = {self.bind_host}: an inbox beyond loopback needs BATON_CLUSTER_SECRET, "
+                "the same for the whole fleet"
+            )
+        if self.cluster_secret and len(self.cluster_secret) < MIN_SECRET_LEN:
+            raise SettingsError(f"BATON_CLUSTER_SECRET is shorter than {MIN_SECRET_LEN} characters")
+
 
 def is_loopback(host: str) -> bool:
     """Whether this address is reachable from this machine alone."""
@@ -107,25 +127,21 @@ class Bus(AbstractAsyncContextManager["Bus"]):
     """
 
     def __init__(self, config: BusConfig) -> None:
-        if not is_loopback(config.bind_host) and not config.cluster_secret:
-            raise SettingsError(
-                f"BATON_BIND_HOST = {config.bind_host}: an inbox beyond loopback needs BATON_CLUSTER_SECRET, "
-                "the same for the whole fleet"
-            )
-        if config.cluster_secret and len(config.cluster_secret) < MIN_SECRET_LEN:
-            raise SettingsError(f"BATON_CLUSTER_SECRET is shorter than {MIN_SECRET_LEN} characters")
+        config.check()
         self.counters = BusCounters()
         self._config = config
         self._keys = CurveKeys.derive(config.cluster_secret) if config.cluster_secret else None
         self._context = zmq.asyncio.Context()
         self._peers: dict[str, zmq.Socket[bytes]] = {}
-        self._monitors: dict[str, zmq.Socket[bytes]] = {}
+        self._monitors: dict[str, SocketMonitor] = {}
         self._refused_by: set[str] = set()
         self._away_since_s: dict[str, float] = {}
         self._lost_callbacks: list[Callable[[str], None]] = []
         self._closed = False
         self._authenticator: AsyncioAuthenticator | None = None
         self._inbox = self._open_inbox()
+        self._door = SocketMonitor(self._context, self._inbox, events=REFUSED)
+        self._door_told_s = -DOOR_QUIET_S
         self.address = self._bind()
 
     def _open_inbox(self) -> zmq.asyncio.Socket:
@@ -203,14 +219,9 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             sock.curve_serverkey = self._keys.server.public
             sock.curve_secretkey = self._keys.client.secret
             sock.curve_publickey = self._keys.client.public
-        endpoint = f"inproc://monitor-{id(sock)}"
-        sock.monitor(endpoint, _WATCHED)
-        monitor: zmq.Socket[bytes] = zmq.Socket(self._context, zmq.PAIR)
-        monitor.setsockopt(zmq.LINGER, 0)
-        monitor.connect(endpoint)
+        self._monitors[address] = SocketMonitor(self._context, sock, events=_WATCHED)
         sock.connect(address)
         self._peers[address] = sock
-        self._monitors[address] = monitor
         self._away_since_s[address] = time.monotonic()
         return sock
 
@@ -221,9 +232,7 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             return
         self._refused_by.discard(address)
         self._away_since_s.pop(address, None)
-        monitor = self._monitors.pop(address)
-        sock.disable_monitor()
-        monitor.close(linger=0)
+        self._monitors.pop(address).close()
         sock.close(linger=0)
 
     async def receive(self) -> AsyncIterator[Delivery]:
@@ -257,21 +266,26 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         """
         while not self._closed:
             await asyncio.sleep(WATCH_S)
-            for address in list(self._monitors):
-                self._hear_monitor(address)
+            self._hear_door()
+            for address, monitor in list(self._monitors.items()):
+                for event in monitor.news():  # a callback may forget this peer or another
+                    self._report(address, event)
             long_ago_s = time.monotonic() - LOST_FOR_SILENCES * self._config.silence_s
             for address in [a for a, since_s in self._away_since_s.items() if since_s < long_ago_s]:
                 _log.info("peer stays away, forgotten", peer=address)
                 self.forget(address)
 
-    def _hear_monitor(self, address: str) -> None:
-        """Act on all that the monitor of a peer has to say; a callback may forget this peer or another."""
-        while (monitor := self._monitors.get(address)) is not None:
-            try:
-                event = parse_monitor_message(monitor.recv_multipart(flags=zmq.NOBLOCK))
-            except zmq.Again:
-                return
-            self._report(address, event["event"])
+    def _hear_door(self) -> None:
+        """Count who came to the inbox and was sent away."""
+        for _ in self._door.news():
+            self.counters.refused_handshakes += 1
+            now_s = time.monotonic()
+            if now_s - self._door_told_s >= DOOR_QUIET_S:
+                self._door_told_s = now_s
+                _log.warning(
+                    "somebody without our key was sent away; is BATON_CLUSTER_SECRET the same everywhere?",
+                    refused=self.counters.refused_handshakes,
+                )
 
     def _report(self, address: str, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -292,12 +306,12 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             return
         self._closed = True
         for address, sock in self._peers.items():
-            sock.disable_monitor()
-            self._monitors[address].close(linger=0)
+            self._monitors[address].close()
             sock.close(linger=LINGER_MS)
         self._peers.clear()
         self._monitors.clear()
         self._away_since_s.clear()
+        self._door.close()
         self._inbox.close(linger=0)
         if self._authenticator is not None:
             self._authenticator.stop()

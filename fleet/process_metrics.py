@@ -29,3 +29,8 @@ def watch_process(registry: CollectorRegistry, bus: Bus, *, prefix: str) -> None
     )
     refused.labels("malformed").set_function(lambda: bus.counters.malformed)
     refused.labels("dropped").set_function(lambda: bus.counters.dropped)
+    Gauge(
+        f"{prefix}_bus_refused_handshakes",
+        "Times since start that somebody without the cluster secret was sent away",
+        registry=registry,
+    ).set_function(lambda: bus.counters.refused_handshakes)

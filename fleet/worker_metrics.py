@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from fleet.hand_off_messages import RefuseReason
 from fleet.types import WorkerLoad
@@ -36,6 +38,11 @@ class HandOffView(Protocol):
     @property
     def refusals(self) -> Mapping[str, int]:
         """Refusals sent since start, by reason."""
+        ...
+
+    @property
+    def stale(self) -> Mapping[str, int]:
+        """Messages since start that came too late, by reason."""
         ...
 
 
@@ -99,6 +106,7 @@ class WorkerMetrics:
         )
         for reason in RefuseReason:
             refusals.labels(reason.value).set_function(partial(_count, view, reason))
+        self.registry.register(_StaleMessages(view))
 
     def show_load(self, load: WorkerLoad) -> None:
         """Set the gauges from the worker's own count."""
@@ -111,6 +119,24 @@ class WorkerMetrics:
         self.pages.labels("free").set(load.free_pages)
         self.pages.labels("cached").set(load.cached_pages)
         self.pages.labels("quarantined").set(load.quarantined_pages)
+
+
+class _StaleMessages(Collector):
+    """Reads a count that is kept elsewhere, as the counter it is."""
+
+    def __init__(self, view: HandOffView) -> None:
+        self._view = view
+
+    def collect(self) -> Iterable[Metric]:
+        """One family, a sample per reason."""
+        family = CounterMetricFamily(
+            "baton_worker_stale_messages",
+            "Messages of an old epoch, about a grant that is over, or of a former life, dropped",
+            labels=["reason"],
+        )
+        for reason, count in self._view.stale.items():
+            family.add_metric([reason], count)
+        return [family]
 
 
 def _count(view: HandOffView, reason: RefuseReason) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from fleet import reclaim
-from fleet.bus import Bus, Delivery
+from fleet.bus import Bus, BusConfig, Delivery
 from fleet.departure import Departure
 from fleet.logs import get_logger
 from fleet.service_settings import WorkerSettings
@@ -32,6 +32,16 @@ class Conduct(Protocol):
 
     async def drain(self, departure: Departure) -> None:
         """Take nothing new and get rid of what runs, within the time that is left."""
+
+
+def check(settings: WorkerSettings) -> None:
+    """What can be wrong with a worker's settings is told before its model is loaded, which may take minutes.
+
+    Raises:
+        SettingsError: they do not fit together; the message names the variable.
+    """
+    BusConfig.of(settings).check()
+    reclaim.check(settings)
 
 
 async def run_worker(
@@ -61,14 +71,13 @@ async def run_worker(
 
     Raises:
         NameTaken: another live process holds the worker's name.
-        SettingsError: the admin socket or the source of reclaim notices is not usable.
+        SettingsError: the admin socket is not usable.
     """
 
     async def listen() -> None:
         async for delivery in bus.receive():
             conduct.handle(delivery)
 
-    reclaim.check(settings)
     if settings.admin_address:
         from fleet.admin import serve_admin  # an HTTP server that most workers do without
 
@@ -76,11 +85,14 @@ async def run_worker(
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in (listen(), bus.watch_peers(), *parts)]
-        await link.announce()
+        introduction, leaving = group.create_task(link.announce()), group.create_task(departure.wait())
+        await asyncio.wait((introduction, leaving), return_when=asyncio.FIRST_COMPLETED)
+        introduction.cancel()  # who is to leave does not wait for Redis
         announcing = [group.create_task(part) for part in (link.run(), link.beat())]
         tasks.append(group.create_task(reclaim.watch(settings, departure)))
-        _log.info("ready", worker=link.peer.name, address=link.peer.address)
-        await departure.wait()
+        if not leaving.done():
+            _log.info("ready", worker=link.peer.name, address=link.peer.address)
+        await leaving
         _log.info("draining", worker=link.peer.name, reason=departure.reason.value)
         await conduct.drain(departure)
         await close_hand_offs()

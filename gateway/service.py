@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 
 import uvicorn
@@ -43,6 +43,7 @@ from gateway.router import Router
 from gateway.text.message_syntax import SyntaxChoices
 
 SWEEP_S = 0.1
+REDIS_RETRY_S = 0.5
 HTTP_GRACE_S = 5
 KEEP_ALIVE_S = 75  # longer than clients and load balancers keep idle connections, so that they close first
 
@@ -64,17 +65,19 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
     Raises:
         BatonError: it cannot start.
     """
+    syntaxes = _syntaxes(settings)
     listener = _listen(settings.host, settings.port)
     try:
-        redis = connect(settings.redis_url)
-        always = not is_loopback(settings.host) and not settings.insecure
-        keys = CachedKeys(KeyRegistry(redis, namespace=settings.namespace), always_required=always)
-        await _first_contact(keys, settings)
-        try:
-            async with Bus(BusConfig.of(settings)) as bus:
-                await _run(settings, stop, bus, redis, keys, listener)
-        finally:
-            await redis.aclose()
+        # What can be wrong without Redis is told before Redis is waited for.
+        async with Bus(BusConfig.of(settings)) as bus:
+            redis = connect(settings.redis_url)
+            try:
+                always = not is_loopback(settings.host) and not settings.insecure
+                keys = CachedKeys(KeyRegistry(redis, namespace=settings.namespace), always_required=always)
+                if await _first_contact(keys, settings, stop):
+                    await _run(settings, stop, bus, redis, keys, listener, syntaxes)
+            finally:
+                await redis.aclose()
     finally:
         listener.close()
 
@@ -93,21 +96,25 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _first_contact(keys: CachedKeys, settings: GatewaySettings) -> None:
-    """Wait for Redis, then refuse to serve strangers without keys."""
-    while True:
+async def _first_contact(keys: CachedKeys, settings: GatewaySettings, stop: asyncio.Event) -> bool:
+    """Wait for Redis, then refuse to serve strangers without keys; False if `stop` came first."""
+    while not stop.is_set():
         try:
             await keys.refresh()
         except UNAVAILABLE as error:
             _log.warning("Redis is away, trying again", error=str(error))
-            await asyncio.sleep(0.5)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), REDIS_RETRY_S)
         else:
             break
+    if stop.is_set():
+        return False
     if keys.required and keys.num_keys == 0:
         raise SettingsError(
             f"BATON_HOST = {settings.host} is reachable by others and no API key exists: make one with "
             "`baton keys create NAME`, or set BATON_INSECURE=true if something else guards this port"
         )
+    return True
 
 
 def _syntaxes(settings: GatewaySettings) -> SyntaxChoices:
@@ -124,8 +131,8 @@ async def _run(
     redis: Redis,
     keys: CachedKeys,
     listener: socket.socket,
+    syntaxes: SyntaxChoices,
 ) -> None:
-    syntaxes = _syntaxes(settings)
     me = new_peer(name=settings.name, kind="gateway", address=bus.address)
     registry = Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s)
     states = RequestStateWriter(redis, namespace=settings.namespace)

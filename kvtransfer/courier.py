@@ -38,14 +38,12 @@ _SHORTEST_SLEEP_S = 0.001
 
 
 class Courier:
-    """Executes the actions of one desk, in order, on the event-loop thread.
+    """Executes the actions of one desk, in order, on the event-loop thread, and counts them in `stats`."""
 
-    Attributes:
-        stats: counts for metrics.
-    """
-
-    def __init__(self, config: EndpointConfig, desk: HandOffDesk, clock: Callable[[], float]) -> None:
-        self.stats = TransferStats()
+    def __init__(
+        self, config: EndpointConfig, desk: HandOffDesk, stats: TransferStats, clock: Callable[[], float]
+    ) -> None:
+        self.stats = stats
         self._config = config
         self._desk = desk
         self._clock = clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from fleet.hand_off_messages import (
@@ -21,6 +22,7 @@ from fleet.types import PeerRef
 from kvtransfer.actions import Action, PeerLost, Send
 from kvtransfer.giver import Giver
 from kvtransfer.pulse import Pulse
+from kvtransfer.stats import StaleReason
 from kvtransfer.taker import Taker
 
 
@@ -29,11 +31,13 @@ class HandOffDesk:
 
     Attributes:
         giver, taker: call the service's side of them directly; the rest goes through here.
+        stale: messages that came too late, counted by all three.
     """
 
-    def __init__(self, giver: Giver, taker: Taker, pulse: Pulse) -> None:
+    def __init__(self, giver: Giver, taker: Taker, pulse: Pulse, stale: Counter[StaleReason]) -> None:
         self.giver = giver
         self.taker = taker
+        self.stale = stale
         self._pulse = pulse
 
     def on_message(self, message: HandOffMessage, frames: Sequence[memoryview], now_s: float) -> list[Action]:
@@ -51,6 +55,7 @@ class HandOffDesk:
 
     def _on_alive(self, alive: Alive, now_s: float) -> list[Action]:
         if not self._pulse.in_order(alive):
+            self.stale[StaleReason.INCARNATION] += self._pulse.is_void(alive.sender, now_s)
             return []
         actions = self.giver.on_listing(alive.sender, alive.hand_offs, now_s)
         return actions + self.taker.on_listing(alive.sender, alive.hand_offs, now_s)

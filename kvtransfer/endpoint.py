@@ -21,6 +21,7 @@ from fleet.hand_off_messages import HandOffMessage, Refuse
 from fleet.types import Passport, PeerRef
 from kvtransfer.courier import Courier
 from kvtransfer.endpoint_config import EndpointConfig, build_desk
+from kvtransfer.stats import StaleReason, TransferStats
 
 __all__ = ["EndpointConfig", "HandOffEndpoint"]
 
@@ -34,9 +35,9 @@ class HandOffEndpoint:
 
     def __init__(self, config: EndpointConfig) -> None:
         self._clock = time.monotonic
-        self._desk = build_desk(config)
-        self._courier = Courier(config, self._desk, self._clock)
-        self.stats = self._courier.stats
+        self.stats = TransferStats()
+        self._desk = build_desk(config, self.stats)
+        self._courier = Courier(config, self._desk, self.stats, self._clock)
         self._execute = self._courier.execute
 
     async def run(self) -> None:
@@ -128,3 +129,12 @@ class HandOffEndpoint:
     def refusals(self) -> Mapping[str, int]:
         """Refusals sent since start, by reason."""
         return self.stats.refusals_sent
+
+    @property
+    def stale(self) -> Mapping[str, int]:
+        """Messages since start that came too late to do anything, by `StaleReason`."""
+        return {reason.value: self.stats.stale[reason] for reason in StaleReason}
+
+    def note_old_epoch(self) -> None:
+        """The service itself dropped a message of an old epoch."""
+        self.stats.stale[StaleReason.EPOCH] += 1

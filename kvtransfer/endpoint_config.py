@@ -17,6 +17,7 @@ from kvtransfer.limits import HandOffLimits
 from kvtransfer.outgoing_book import GiverConfig
 from kvtransfer.pool_memory import Region
 from kvtransfer.pulse import Pulse
+from kvtransfer.stats import TransferStats
 from kvtransfer.taker import Taker, TakerConfig
 from kvtransfer.transport import DirectTransport, Transports
 
@@ -55,8 +56,8 @@ class EndpointConfig:
     seed: int = 0
 
 
-def build_desk(config: EndpointConfig) -> HandOffDesk:
-    """Giver, taker and pulse of this process. One without a bank refuses every Offer."""
+def build_desk(config: EndpointConfig, stats: TransferStats) -> HandOffDesk:
+    """Giver, taker and pulse of this process; without a bank it refuses every Offer. Late messages count in `stats`."""
     giver = Giver(
         GiverConfig(
             peer=config.peer,
@@ -67,6 +68,7 @@ def build_desk(config: EndpointConfig) -> HandOffDesk:
             process=own_process(),
             limits=config.limits,
             rng=random.Random(config.seed),  # noqa: S311  # jitter, not a secret
+            stale=stats.stale,
         )
     )
     taker = Taker(
@@ -79,8 +81,9 @@ def build_desk(config: EndpointConfig) -> HandOffDesk:
             gate=config.region,
             watch=config.watch,
             limits=config.limits,
+            stale=stats.stale,
         )
     )
     if config.bank is None:
         taker.drain()
-    return HandOffDesk(giver, taker, Pulse(config.peer, config.limits))
+    return HandOffDesk(giver, taker, Pulse(config.peer, config.limits), stats.stale)

@@ -27,6 +27,7 @@ from kvtransfer.errors import GrantRevoked, HandOffExists, TransferError
 from kvtransfer.numbering import belongs_to
 from kvtransfer.outgoing import GiverState, Outgoing
 from kvtransfer.outgoing_book import GiverConfig, OutgoingBook
+from kvtransfer.stats import StaleReason
 from kvtransfer.targets import TargetRounds
 
 _ENDS = {RefuseReason.CANCELLED: FailReason.CANCELLED, RefuseReason.STALE: FailReason.STALE}
@@ -139,7 +140,9 @@ class Giver:
 
     def _decline(self, grant: Grant) -> None:
         """True to say only of our own offers: of another life's we cannot know whether a write is in flight."""
-        if belongs_to(grant.offer, self._config.peer.incarnation):
+        ours = belongs_to(grant.offer, self._config.peer.incarnation)
+        self._config.stale[StaleReason.GRANT if ours else StaleReason.INCARNATION] += 1
+        if ours:
             abort = Abort(
                 sender=self._config.peer,
                 request_id=grant.request_id,
@@ -159,6 +162,7 @@ class Giver:
             return self._book.flush()
         outgoing, attempt = self._book.of_offer(refuse.offer)
         if outgoing is None or attempt is None or outgoing.state is not GiverState.OFFERED:
+            self._config.stale[StaleReason.GRANT] += 1
             return self._book.flush()
         outgoing.attempt = None
         outgoing.last_refusal = f"{refuse.taker.name}: {refuse.message}"
@@ -194,6 +198,7 @@ class Giver:
         """Carried pages have arrived: the window moves. Pages lost on the way are sent again after a silence."""
         outgoing, attempt = self._book.of_generation(taken.generation)
         if outgoing is None or attempt is None or attempt.grant is None:
+            self._config.stale[StaleReason.GRANT] += 1
             return self._book.flush()
         if outgoing.state is not GiverState.WRITING or attempt.direct:
             return self._book.flush()
@@ -211,6 +216,7 @@ class Giver:
         """The taker has adopted the sequence."""
         outgoing, attempt = self._book.of_generation(ack.generation)
         if outgoing is None or attempt is None or attempt.grant is None:
+            self._config.stale[StaleReason.GRANT] += 1
             return self._book.flush()
         if outgoing.state is GiverState.COMMITTED:
             grant = attempt.grant

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fleet.hand_off_messages import Abort, Commit, Grant, HandOffMessage, Offer, Pages, RefuseReason, Released
 from fleet.types import Fingerprint, PeerRef
@@ -23,6 +24,7 @@ from kvtransfer.host import ProcessIdentity
 from kvtransfer.limits import HandOffLimits
 from kvtransfer.numbering import first_number
 from kvtransfer.outgoing import Attempt, GiverState, Outgoing
+from kvtransfer.stats import StaleReason
 from kvtransfer.targets import Target
 
 
@@ -36,6 +38,7 @@ class GiverConfig:
         transports: name to whether it is direct, best first.
         host, process: identity of this process, for takers on the same host.
         rng: jitter of pauses.
+        stale: counts messages that came too late; shared with the other half.
     """
 
     peer: PeerRef
@@ -46,6 +49,7 @@ class GiverConfig:
     process: ProcessIdentity
     limits: HandOffLimits
     rng: random.Random
+    stale: Counter[StaleReason] = field(default_factory=Counter)
 
 
 _Found = tuple[Outgoing, Attempt] | tuple[None, None]

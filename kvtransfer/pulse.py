@@ -54,13 +54,17 @@ class Pulse:
         Incarnations have no order of their own, so that a late word of a life unknown so far may void its successor's
         hand-offs; they begin anew then, and as no message is dropped for it, nothing else is lost.
         """
-        if self._void.get((peer.name, peer.incarnation), now_s):
+        if self.is_void(peer, now_s):
             return []
         former = [p for p in self._heard if p.name == peer.name and p.incarnation != peer.incarnation]
         for void in former:
             self._void.put((void.name, void.incarnation), True, now_s)
             del self._heard[void]
         return former
+
+    def is_void(self, peer: PeerRef, now_s: float) -> bool:
+        """Whether a later life of this peer was heard not long ago."""
+        return bool(self._void.get((peer.name, peer.incarnation), now_s))
 
     def at_address(self, address: str) -> list[PeerRef]:
         """Peers known at this address."""

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class StaleReason(StrEnum):
+    """Why a message was too late to do anything.
+
+    `epoch`: of a request that was cancelled or replayed since. `grant`: about a hand-off or a grant that is over.
+    `incarnation`: a sign of life of a former life of its sender, or the answer to a former life of this process.
+    """
+
+    EPOCH = "epoch"
+    GRANT = "grant"
+    INCARNATION = "incarnation"
 
 
 @dataclass(slots=True)
@@ -28,7 +41,7 @@ class TransportCount:
 
 @dataclass(slots=True)
 class TransferStats:
-    """Of one endpoint. `given` and `taken` by transport, the others by reason."""
+    """Of one endpoint. `given` and `taken` by transport, the others by reason; `stale` counts dropped messages."""
 
     given: defaultdict[str, TransportCount] = field(default_factory=lambda: defaultdict(TransportCount))
     taken: defaultdict[str, TransportCount] = field(default_factory=lambda: defaultdict(TransportCount))
@@ -36,5 +49,6 @@ class TransferStats:
     refusals_heard: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     broken_writes: Counter[str] = field(default_factory=Counter)
+    stale: Counter[StaleReason] = field(default_factory=Counter)
     lost_peers: int = 0
     dropped_sends: int = 0

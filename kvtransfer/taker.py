@@ -22,8 +22,9 @@ carried one are written by this process alone, and are free at once.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fleet.hand_off_messages import (
     Abort,
@@ -46,12 +47,18 @@ from kvtransfer.host import ProcessWatch
 from kvtransfer.incoming import Incoming, IncomingBook, open_grants
 from kvtransfer.limits import HandOffLimits
 from kvtransfer.numbering import first_number
+from kvtransfer.stats import StaleReason
 from kvtransfer.transport import DirectTransport, Transports
+
+_OVER = {RefuseReason.CANCELLED, RefuseReason.STALE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakerConfig:
-    """What a taker is made of: this process, its pages, who owns them, and over what they may come."""
+    """What a taker is made of: this process, its pages, who owns them, and over what they may come.
+
+    `stale` counts messages that came too late; it is shared with the other half.
+    """
 
     peer: PeerRef
     fingerprint: Fingerprint
@@ -61,6 +68,7 @@ class TakerConfig:
     gate: WriteGate
     watch: ProcessWatch
     limits: HandOffLimits
+    stale: Counter[StaleReason] = field(default_factory=Counter)
 
 
 class Taker:
@@ -86,6 +94,8 @@ class Taker:
             if not settled.adopted:
                 self._book.send(offer.giver, self._book.abort_of(settled.grant, settled.reason))
         elif (refusal := self._admission.refusal(offer, now_s)) is not None:
+            if refusal.reason in _OVER:
+                self._config.stale[StaleReason.EPOCH] += 1
             self._book.send(offer.giver, refusal)
         else:
             self._supersede(offer, now_s)
@@ -136,7 +146,10 @@ class Taker:
         settled = self._book.settled_grant(pages.generation, now_s)
         if settled is not None and not settled.adopted:
             self._book.send(settled.giver, self._book.abort_of(settled.grant, settled.reason))
-        if incoming is None or incoming.closed is not None or incoming.direct:
+        if incoming is None or incoming.closed is not None:
+            self._config.stale[StaleReason.GRANT] += 1
+            return self._book.flush()
+        if incoming.direct:
             return self._book.flush()
         end = pages.first + pages.count
         page_bytes = self._config.pool.page_bytes
@@ -196,6 +209,7 @@ class Taker:
                 self._book.writer_done(incoming, now_s)
             cancelled = self._admission.is_cancelled(request_id, epoch, now_s)
             reason = RefuseReason.CANCELLED if cancelled else RefuseReason.STALE
+            self._config.stale[StaleReason.EPOCH if cancelled else StaleReason.GRANT] += 1
             self._book.send(commit.giver, self._admission.refuse(commit, reason, "there is no such grant"))
         return self._book.flush()
 

@@ -109,6 +109,7 @@ class PrefillWorker:
         passport = request.passport
         key = (passport.request_id, passport.epoch)
         if self.hand_offs.endpoint.is_cancelled(*key):
+            self.hand_offs.endpoint.note_old_epoch()
             return
         if self._draining:
             self._return(passport.gateway, key, "draining")

@@ -19,6 +19,7 @@ from fleet.redis_client import connect
 pytestmark = pytest.mark.e2e
 
 PAGE_BYTES = 5 * 2 * 2 * 16 * 64 * 4  # of the demo model in float32
+NO_REDIS = "redis://127.0.0.1:1/0"
 WORKER = {"model": DEMO, "served_model_name": "demo", "dtype": "float32", "max_model_len": 256}
 
 
@@ -153,7 +154,8 @@ async def test_keys_meet_their_own_cached_prefixes_alone_and_see_their_own_usage
     ("settings", "message"),
     [
         ({"host": "0.0.0.0"}, "no API key exists"),
-        ({"bind_host": "0.0.0.0"}, "BATON_CLUSTER_SECRET"),
+        ({"bind_host": "0.0.0.0", "redis_url": NO_REDIS}, "BATON_CLUSTER_SECRET"),
+        ({"tool_format": "telepathy", "redis_url": NO_REDIS}, "BATON_TOOL_FORMAT"),
         ({"lease_s": "soon"}, "BATON_LEASE_S"),
         ({"max_step_tokenz": "1"}, "BATON_MAX_STEP_TOKENS"),
     ],
@@ -164,6 +166,30 @@ def test_a_gateway_that_should_not_start_says_why(fleet: Fleet, settings: dict[s
     assert service.process.wait(timeout=20) == 2
     assert message in service.text()
     assert "Traceback" not in service.text()
+    service.log.unlink()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"bind_host": "0.0.0.0"}, "BATON_CLUSTER_SECRET"), ({"reclaim_notice": "ovh"}, "BATON_RECLAIM_NOTICE")],
+)
+def test_a_worker_tells_bad_settings_before_it_loads_its_model(
+    fleet: Fleet, settings: dict[str, str], message: str
+) -> None:
+    fleet.start("decode_svc", "bad", model="/nowhere/at-all", **settings)
+    service = fleet.forget("bad")
+    assert service.process.wait(timeout=30) == 2
+    assert message in service.text()
+    service.log.unlink()
+
+
+@pytest.mark.parametrize("module", ["gateway", "prefill_svc"])
+def test_who_waits_for_redis_can_be_stopped(fleet: Fleet, module: str) -> None:
+    settings = {"port": 0} if module == "gateway" else WORKER
+    fleet.start(module, "waits", redis_url=NO_REDIS, **settings)
+    service = fleet.forget("waits")
+    until(lambda: "Redis is away" in service.text(), within_s=30, what="it waits")
+    assert service.stop() == 0, service.text()
     service.log.unlink()
 
 

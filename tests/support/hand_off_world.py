@@ -7,6 +7,7 @@ that anything may come in between; frames read the giver's page on delivery, as 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -23,6 +24,7 @@ from kvtransfer.host import ProcessIdentity
 from kvtransfer.limits import HandOffLimits
 from kvtransfer.outgoing_book import GiverConfig
 from kvtransfer.pulse import Pulse
+from kvtransfer.stats import StaleReason
 from kvtransfer.taker import Taker, TakerConfig
 from support.hand_off_bank import FakeBank
 from support.passports import GATEWAY, make_fingerprint
@@ -132,6 +134,7 @@ class Process:
         self.news: list[Action] = []
         fingerprint = make_fingerprint(page_size=PAGE_SIZE)
         transports = {transport: TRANSPORTS[transport]()}
+        stale: Counter[StaleReason] = Counter()
         giver = Giver(
             GiverConfig(
                 peer=self.peer,
@@ -142,6 +145,7 @@ class Process:
                 process=ProcessIdentity(pid, pid),
                 limits=LIMITS,
                 rng=random.Random(pid),
+                stale=stale,
             )
         )
         taker = Taker(
@@ -154,9 +158,10 @@ class Process:
                 gate=self.gate,
                 watch=world,
                 limits=LIMITS,
+                stale=stale,
             )
         )
-        self.desk = HandOffDesk(giver, taker, Pulse(self.peer, LIMITS))
+        self.desk = HandOffDesk(giver, taker, Pulse(self.peer, LIMITS), stale)
 
     def _look(self, passport: Passport, table: list[int], num_computed_tokens: int) -> None:
         for index in range(-(-num_computed_tokens // PAGE_SIZE)):

@@ -154,6 +154,7 @@ async def test_an_older_epoch_after_a_newer_one_is_stale(transport: str, directo
         older.commit()
         await until(lambda: giver.news.of("failed"))
         assert giver.news.of("failed")[0].reason is FailReason.STALE
+        assert taker.endpoint.stale == {"epoch": 1, "grant": 0, "incarnation": 0}
         assert len(taker.bank.adopted) == 1
 
 
@@ -167,6 +168,7 @@ async def test_a_commit_of_a_stale_generation_is_refused(transport: str, directo
         giver.bus.send(taker.peer.address, forged)
         await until(lambda: taker.endpoint.stats.refusals_sent[RefuseReason.STALE] == 1)
         assert taker.bank.adopted == []
+        assert taker.endpoint.stale == {"epoch": 0, "grant": 1, "incarnation": 0}
         gift.commit()
         await until(lambda: taker.bank.adopted)
 

@@ -99,10 +99,17 @@ async def test_without_the_secret_nobody_gets_in() -> None:
         Bus(BusConfig(cluster_secret=SECRET)) as inside,
         Bus(BusConfig(cluster_secret=SECRET + "!")) as other,
         Bus(BusConfig()) as bare,
+        asyncio.TaskGroup() as tasks,
     ):
-        other.send(inside.address, Cancel(request_id="r", epoch=0))
-        bare.send(inside.address, Cancel(request_id="r", epoch=0))
-        assert await take(inside, 1, within_s=0.5) == []
+        watcher = tasks.create_task(inside.watch_peers())
+        for stranger in (other, bare):
+            seen = inside.counters.refused_handshakes
+            stranger.send(inside.address, Cancel(request_id="r", epoch=0))
+            assert await take(inside, 1, within_s=0.5) == []
+            assert inside.counters.refused_handshakes > seen
+            stranger.forget(inside.address)
+        watcher.cancel()
+    assert inside.counters.malformed == 0
 
 
 def unknown_pair() -> tuple[bytes, bytes]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from support.hand_off_world import LIMITS, PAGE_SIZE, World
 
-from fleet.hand_off_messages import Abort, Grant, Offer, Pages
+from fleet.hand_off_messages import Abort, Ack, Grant, Offer, Pages
 from kvtransfer.actions import FailReason, Given, Granted, HandOffFailed, Send, Store
+from kvtransfer.numbering import first_number
+from kvtransfer.stats import StaleReason
 
 NUM_TOKENS = 4 * PAGE_SIZE
 
@@ -74,6 +77,7 @@ def test_a_second_life_that_answers_the_same_offer_is_declined_and_disturbs_noth
     assert isinstance(declined, Send)
     assert isinstance(declined.message, Abort)
     assert (declined.to, declined.message.generation) == (grant.taker, grant.generation)
+    assert giver.desk.stale == {StaleReason.GRANT: 1}
     abort = Abort(
         sender=grant.taker, request_id="r", epoch=0, offer=grant.offer, generation=grant.generation, reason="restarted"
     )
@@ -134,3 +138,23 @@ def test_a_sequence_that_outgrew_its_grant_is_handed_off_as_far_as_it_fits() -> 
     assert getattr(adopted, "num_computed_tokens", None) == 2 * PAGE_SIZE
     assert world.adoptions(("r", 0)) == 1
     world.check_settled()
+
+
+def test_what_a_woken_peer_still_has_to_say_is_counted() -> None:
+    world = open_hand_off("tcp")
+    giver, taker = world.processes["giver-0"], world.processes["taker-0"]
+    grant_to_come = world.network[sole_message(world, Offer)]
+    world.cancel(giver, "r", 0)
+    [granted] = taker.desk.on_message(grant_to_come.message, [], world.now_s)
+    assert isinstance(granted, Send)
+    assert isinstance(granted.message, Grant)
+    [declined] = giver.desk.on_message(granted.message, [], world.now_s)
+    assert isinstance(declined, Send)
+    assert giver.desk.stale == {StaleReason.GRANT: 1}
+    former = msgspec.structs.replace(granted.message, offer=first_number(giver.peer.incarnation + 1))
+    assert giver.desk.on_message(former, [], world.now_s) == []
+    assert giver.desk.stale == {StaleReason.GRANT: 1, StaleReason.INCARNATION: 1}
+    ack = Ack(request_id="r", epoch=0, generation=granted.message.generation)
+    assert giver.desk.on_message(ack, [], world.now_s) == []
+    assert giver.desk.stale[StaleReason.GRANT] == 2
+    assert taker.desk.stale == {}

@@ -7,6 +7,7 @@ take time, and processes that may die.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -122,7 +123,7 @@ class World:
                 limits=LIMITS,
             )
         )
-        return Node(peer, process, bank, region, HandOffDesk(giver, taker, Pulse(peer, LIMITS)))
+        return Node(peer, process, bank, region, HandOffDesk(giver, taker, Pulse(peer, LIMITS), Counter()))
 
     # execution
 
