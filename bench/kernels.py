@@ -225,7 +225,8 @@ def prefill(bench: Bench, shapes: Shapes) -> None:
 def sampling(bench: Bench, shapes: Shapes) -> None:
     """Choices of every kind, against the CPU's own sampling code run on the device."""
     from engine.candidates import Cuts
-    from engine.kernels.sampling import choose_tokens, choose_tokens_twin
+    from engine.choice import choose_tokens as choose_tokens_twin
+    from engine.kernels.sampling import choose_tokens
 
     num_rows = 64
     logits = torch.randn(num_rows, shapes.vocab, device="cuda") * 3

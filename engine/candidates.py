@@ -1,25 +1,34 @@
-"""Which candidates stay under top-k, top-p and min-p, and drawing one of them.
+"""Which candidates stay under top-k, top-p and min-p, and drawing one of them: the specification, in plain torch.
 
-Scores are natural-log probabilities up to a constant per row. A cut is a limit: candidates that score at least as high
-stay, ties with the last one included, so which tokens stay never depends on the order of equal scores. A draw inverts
-the cumulative distribution in vocabulary order: unlike by rank, two scores that differ in the last bit between devices
-cannot trade places, and a draw moves only if it falls into the sliver by which a boundary moved.
+Scores are natural-log probabilities up to a constant per row, the best one 0. A cut is a limit: candidates that score
+at least as high stay, ties with the last one included, so which tokens stay never depends on the order of equal scores.
+A draw inverts the cumulative distribution in vocabulary order: unlike by rank, two scores that differ in the last bit
+between devices cannot trade places, and a draw moves only if it falls into the sliver by which a boundary moved.
 
-Letters: R rows, V vocab_size, S likeliest candidates looked at.
+Probabilities are whole numbers (`whole_weights`): additions of those give one result in any order, so every
+implementation that follows this one says the same token to the letter, whatever its vectors and threads.
+
+Letters: R rows, V vocab_size.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-# A cut row is decided among its likeliest few if the cut lies there, as it does unless the row is nearly flat. How
-# many are looked at depends on the row's own top-k alone, so that company cannot change a row's arithmetic.
-_FEW = 128
-_MANY = 1024
-# Vocabulary ids per partial sum of the cumulative distribution over a whole row.
-_STRIDE = 512
+UNIT_BITS = 44
+"""A weight of 1 is 2**44: below the float32 resolution of what is likely, and 2**18 candidates of it fit an int64."""
+
+# exp(x) = 2**n * exp(r), n whole and |r| <= ln(2) / 2: Taylor's series, every product and sum rounded to float32.
+# Constants are given as the float32 that they are, so that all implementations hold the same.
+LOWEST = -32.0  # the weight of exp(-32) is 0
+LOG2_E = 1.44269502162933349609375
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194441701285541057586669921875e-4  # n * LN2_HIGH is exact
+ROUNDER = 1.5 * 2.0**23  # adding it leaves the nearest whole number in the low bits of a float32
+SERIES = tuple(float(torch.tensor(1 / math.factorial(power))) for power in range(6, -1, -1))  # of r**6 down to 1
+EXPONENT_OF_UNIT = (127 + UNIT_BITS) << 23
 
 
 class Cuts(NamedTuple):
@@ -45,113 +54,56 @@ def draw(scores: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor) -> torch.Tens
     """Draw one kept candidate per row.
 
     Args:
-        scores: [R, V] float32, the best of each row 0; minus infinity where banned. Mutated.
+        scores: [R, V] float32, the best of each row 0; minus infinity where banned.
         cuts: of the R rows.
-        uniforms: [R] float64 in (0, 1).
+        uniforms: [R] float64 in (0, 1), multiples of 2**-49.
 
     Returns:
-        [R] int64 token ids.
+        [R] int64 token ids, of candidates with a weight above 0.
     """
-    chosen = torch.empty(scores.shape[0], dtype=torch.int64, device=scores.device)
-    narrow = (cuts.top_k > 0) & (cuts.top_k <= _FEW // 2)
-    uncut = (cuts.top_k <= 0) & (cuts.top_p >= 1) & (cuts.min_p <= 0)
-    for index, num_likeliest in (
-        (torch.nonzero(narrow).squeeze(1), _FEW),
-        (torch.nonzero(~narrow & ~uncut).squeeze(1), _MANY),
-    ):
-        if index.numel():
-            chosen[index] = _draw_cut(_rows(scores, index), cuts.rows(index), uniforms[index], num_likeliest)
-    index = torch.nonzero(uncut).squeeze(1)
-    if index.numel():
-        chosen[index] = draw_whole(_rows(scores, index), uniforms[index])
-    return chosen
+    weights = whole_weights(scores)
+    weights.masked_fill_(scores < limits(scores, weights, cuts).unsqueeze(1), 0)
+    ends = weights.cumsum(dim=-1)
+    # The product stays below the sum: a uniform number is at least 2**-49 from 1, rounding moves less.
+    target = (uniforms * ends[:, -1].to(torch.float64)).to(torch.int64)
+    return torch.searchsorted(ends, target.unsqueeze(1), right=True).squeeze(1)
 
 
-def draw_whole(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Draw among all candidates, `[R]` int64. The distribution is summed in two levels, runs of ids first.
+def whole_weights(scores: torch.Tensor) -> torch.Tensor:
+    """`exp(scores) * 2**44` in whole numbers, `[R, V]` int64, from `[R, V]` float32 of at most 0.
+
+    Exact to about 2 units in the last place of float32 and to 2**-44; below that it is 0.
+    """
+    clamped = scores.clamp(min=LOWEST)
+    shifted = clamped * LOG2_E + ROUNDER
+    whole = shifted - ROUNDER
+    rest = (clamped - whole * LN2_HIGH) - whole * LN2_LOW
+    series = torch.full_like(rest, SERIES[0])
+    for coefficient in SERIES[1:]:
+        series = series * rest + coefficient
+    power = ((shifted.view(torch.int32) << 23) + EXPONENT_OF_UNIT).view(torch.float32)
+    return (series * power).to(torch.int64)
+
+
+def limits(scores: torch.Tensor, weights: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """The score from which candidates are kept, `[R]` float32.
 
     Args:
-        scores: [R, V] float32, the best of each row 0; mutated.
-        uniforms: [R] float64 in (0, 1).
-    """
-    weights = scores.exp_()
-    vocab_size = weights.shape[1]
-    whole = vocab_size - vocab_size % _STRIDE
-    runs = weights[:, :whole].view(weights.shape[0], -1, _STRIDE)  # a view also of rows that are longer
-    run_sums = torch.cat((runs.sum(dim=-1), weights[:, whole:].sum(dim=-1, keepdim=True)), dim=1).to(torch.float64)
-    run_ends = run_sums.cumsum(dim=-1)
-    target = uniforms.unsqueeze(1) * run_ends[:, -1:]
-    run = torch.searchsorted(run_ends, target, right=True)  # [R, 1]: the first run that ends beyond the target
-    ids = run * _STRIDE + torch.arange(_STRIDE, device=scores.device)  # [R, _STRIDE]
-    inside = weights.gather(1, ids.clamp(max=vocab_size - 1)).masked_fill_(ids >= vocab_size, 0.0)
-    within = _invert(inside, target - (run_ends - run_sums).gather(1, run))
-    return ids.gather(1, within).squeeze(1)
-
-
-def limits(
-    ordered: torch.Tensor, totals: torch.Tensor, cuts: Cuts, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The score from which candidates are kept, and whether S candidates were enough to know it.
-
-    Args:
-        ordered: [R, S] float32, each row's likeliest, falling.
-        totals: [R] float32, log of the row's whole mass; read where top-k is off.
+        scores: [R, V] float32, the best of each row 0.
+        weights: of them.
         cuts: of the R rows.
-        vocab_size: V; with S = V the answer is always known.
-
-    Returns:
-        [R] float32 and [R] bool. Where known, every kept candidate is among the S.
     """
-    num_rows, num_likeliest = ordered.shape
-    complete = num_likeliest == vocab_size
-    last = ordered[:, -1]
-    none = torch.full((num_rows,), -torch.inf, device=ordered.device)
-
-    ranks = cuts.top_k.clamp(min=1, max=num_likeliest).unsqueeze(1) - 1
-    by_rank = torch.where(cuts.top_k > 0, ordered.gather(1, ranks).squeeze(1), none)
-    known = (cuts.top_k <= 0) | (by_rank > last)
-
-    survivors = ordered.masked_fill(ordered < by_rank.unsqueeze(1), -torch.inf)
-    totals = torch.where(cuts.top_k > 0, survivors.logsumexp(dim=-1), totals)
-    mass = (survivors - totals.unsqueeze(1)).exp_().cumsum(dim=-1, dtype=torch.float64)
-    # A candidate is in the nucleus if those before it have not reached the share; the first one always is.
-    num_kept = 1 + (mass[:, :-1] < cuts.top_p.unsqueeze(1)).sum(dim=-1, keepdim=True)
-    by_mass = torch.where(cuts.top_p < 1, survivors.gather(1, num_kept - 1).squeeze(1), none)
-
-    by_share = ordered[:, 0] + cuts.min_p.log()  # log(0) is minus infinity: off
-    limit = torch.maximum(torch.maximum(by_rank, by_mass), by_share)
-    return limit, (known & (limit > last)) | complete
-
-
-def _draw_cut(scores: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor, num_likeliest: int) -> torch.Tensor:
-    """Draw among the likeliest few where they hold all that is kept, else over whole rows. Mutates `scores`."""
     vocab_size = scores.shape[1]
-    ordered, ids = scores.topk(min(num_likeliest, vocab_size), dim=-1)
-    needs_totals = bool(((cuts.top_k <= 0) & (cuts.top_p < 1)).any())
-    totals = scores.logsumexp(dim=-1) if needs_totals else ordered[:, 0]
-    limit, known = limits(ordered, totals, cuts, vocab_size)
-    by_id = ids.argsort(dim=-1)
-    weights = ordered.masked_fill(ordered < limit.unsqueeze(1), -torch.inf).gather(1, by_id).exp_()
-    target = uniforms.unsqueeze(1) * weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    chosen = ids.gather(1, by_id.gather(1, _invert(weights, target))).squeeze(1)
-    deep = torch.nonzero(~known).squeeze(1)
-    if deep.numel():
-        scores = _rows(scores, deep)
-        ordered = scores.sort(dim=-1, descending=True).values
-        limit, _ = limits(ordered, totals[deep], cuts.rows(deep), vocab_size)
-        scores.masked_fill_(scores < limit.unsqueeze(1), -torch.inf)
-        chosen[deep] = draw_whole(scores, uniforms[deep])
-    return chosen
-
-
-def _invert(weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Index of the first column whose running sum exceeds `target`, never one of weight 0. `[R, S]`, `[R, 1]`."""
-    ends = weights.cumsum(dim=-1, dtype=torch.float64)
-    # Sums taken in another order may round apart by a hair: stay before the very end.
-    inside = torch.minimum(target.clamp(min=0.0), ends[:, -1:] * (1 - 2.0**-50))
-    return torch.searchsorted(ends, inside, right=True)
-
-
-def _rows(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Some rows; all of them without a copy. `index` rises."""
-    return scores if index.numel() == scores.shape[0] else scores[index]
+    limit = cuts.min_p.to(torch.float64).log().to(torch.float32)  # log(0) is minus infinity: off
+    index = torch.nonzero(((cuts.top_k > 0) & (cuts.top_k < vocab_size)) | (cuts.top_p < 1)).squeeze(1)
+    if index.numel():
+        top_k, top_p = cuts.top_k[index].unsqueeze(1), cuts.top_p[index].unsqueeze(1)
+        ordered, ids = scores[index].sort(dim=-1, descending=True)
+        by_rank = ordered.gather(1, torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1)
+        ends = weights[index].gather(1, ids).masked_fill_(ordered < by_rank, 0).cumsum(dim=-1)
+        # A candidate is in the nucleus if those before it have not reached the share; the first one always is.
+        needed = (top_p.to(torch.float64) * ends[:, -1:].to(torch.float64)).ceil().to(torch.int64).clamp(min=1)
+        by_mass = ordered.gather(1, torch.searchsorted(ends, needed).clamp(max=vocab_size - 1))
+        cut = torch.where(top_p < 1, torch.maximum(by_rank, by_mass), by_rank).squeeze(1)
+        limit[index] = torch.maximum(limit[index], cut)
+    return limit

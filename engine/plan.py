@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from engine.sequence import Sequence
 from fleet.types import TokenLogprob
 
@@ -35,8 +37,7 @@ class StepPlan:
         return sum(row.count for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True, gc=False):
     """A chosen token; `logprob` only if the sequence asked for it. `ends`: its grammar allows nothing after it."""
 
     token_id: int

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from engine.choice import choice_for
 from engine.grammar.desk import GrammarDesk
 from engine.inputs import InputShape, StepInputs, build_inputs, row_error
 from engine.kv_pool import page_shape
@@ -71,6 +72,7 @@ class ModelRunner:
         self._grammars = grammars or GrammarDesk({}, model.config.vocab_size)
         self._page_size = page_size
         self._decode = decode
+        self._choose = choice_for(model.device)
         self._input_shape = input_shape(model, page_size)
         self.last_timing: StepTiming | None = None
 
@@ -104,7 +106,7 @@ class ModelRunner:
         forwarded_s = time.perf_counter()
         if sampling:
             with torch.inference_mode():
-                chosen = sample(logits, sequences, masks)
+                chosen = sample(logits, sequences, masks, self._choose)
             settled = chosen if masks is None else masks.settle(chosen)
             for at, result in zip(sampling, settled, strict=True):
                 results[at] = result

@@ -3,42 +3,50 @@
 Order: logit bias, ban of stop ids before `min_tokens`, repetition, presence and frequency penalties, grammar masks,
 temperature, top-k, top-p, min-p, draw. At temperature 0 the likeliest candidate after bias, ban, penalties and mask is
 taken, the lowest id among equals. The noise of a draw is `engine.noise.uniforms(seed, index of the output token)`, so a
-stream continues alike on any worker. A row's result does not depend on the other rows.
+stream continues alike on any worker. A row's result does not depend on the other rows. From the masks on it is the
+work of a `Choose` (`engine.choice`).
 
 Letters: R rows, V vocab_size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 
 import torch
 
-from engine.candidates import Cuts, draw
+from engine.choice import NO_CHOICE, ChoiceRows, Choose, choose_in_torch
 from engine.grammar.desk import StepMasks
 from engine.grammar.masks import forbid
 from engine.logit_edits import edit_row, needs_edits
 from engine.logprobs import token_logprob
-from engine.noise import as_int64, uniforms
 from engine.plan import Failed, Sampled
 from engine.sequence import Sequence
 from fleet.types import TokenLogprob
 
 
-def sample(logits: torch.Tensor, sequences: Many[Sequence], masks: StepMasks | None = None) -> list[Sampled | Failed]:
+def sample(
+    logits: torch.Tensor,
+    sequences: Many[Sequence],
+    masks: StepMasks | None = None,
+    choose: Choose = choose_in_torch,
+) -> list[Sampled | Failed]:
     """Choose the next token of each sequence.
 
     Args:
         logits: [R, V] float32, the model's own; mutated.
         sequences: R of them, as they were when the step was planned; not mutated.
         masks: of the constrained rows; waited for once everything else is ready.
+        choose: how; all ways give the same tokens.
 
     Returns:
         One result per row. A row whose logits are not finite, that has no candidate left, or whose parameters are
         bad fails alone.
     """
     failed: dict[int, str] = {}
-    logprobs = _RawLogprobs(logits, sequences)
+    wanted = {row: one.params.logprobs for row, one in enumerate(sequences) if one.params.logprobs is not None}
+    logprobs = _RawLogprobs(logits, wanted) if wanted else None
     for row, sequence in enumerate(sequences):
         if needs_edits(sequence.params, sequence.num_output_tokens):
             try:
@@ -47,51 +55,23 @@ def sample(logits: torch.Tensor, sequences: Many[Sequence], masks: StepMasks | N
                 failed[row] = str(error)
     if masks is not None:
         forbid(logits, *masks.wait())
-    best_scores, chosen = logits.max(dim=-1)  # NaN wins a maximum, so this finds it too
-    for row in torch.nonzero(~torch.isfinite(best_scores)).squeeze(1).tolist():
-        failed.setdefault(row, "the model gave no finite score to choose from")
-    drawing = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0 and row not in failed]
-    if drawing:
-        index = torch.tensor(drawing, device=logits.device)
-        scores = logits if len(drawing) == len(sequences) else logits[index]
-        scores.sub_(best_scores[index].unsqueeze(1))
-        chosen[index] = _draw_rows(scores, [sequences[row] for row in drawing])
-    ids = chosen.tolist()
+    ids = choose(logits, ChoiceRows.of(sequences))
+    for row, token_id in enumerate(ids):
+        if token_id == NO_CHOICE:
+            failed.setdefault(row, "the model gave no finite score to choose from")
+    if logprobs is None and not failed:
+        return [Sampled(token_id) for token_id in ids]
     return [
-        Failed(failed[row]) if row in failed else Sampled(ids[row], logprobs.of(row, ids[row]))
-        for row in range(len(sequences))
+        Failed(failed[row]) if row in failed else Sampled(token_id, logprobs.of(row, token_id) if logprobs else None)
+        for row, token_id in enumerate(ids)
     ]
-
-
-def _draw_rows(scores: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
-    """Temperature, cuts and draw for rows whose best score is 0. Mutates `scores` `[R, V]`; returns `[R]` int64."""
-    params = [sequence.params for sequence in sequences]
-    device = scores.device
-    temperatures = torch.tensor([one.temperature for one in params], dtype=torch.float32, device=device)
-    # The best score is 0, so no temperature however small can overflow it.
-    scores.div_(temperatures.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1))
-    cuts = Cuts(
-        torch.tensor([one.top_k for one in params], device=device),
-        torch.tensor([one.top_p for one in params], dtype=torch.float32, device=device),
-        torch.tensor([one.min_p for one in params], dtype=torch.float32, device=device),
-    )
-    seeds = torch.tensor([as_int64(one.seed) for one in params], dtype=torch.int64, device=device)
-    indexes = torch.tensor([sequence.num_output_tokens for sequence in sequences], device=device)
-    return draw(scores, cuts, uniforms(seeds, indexes))
 
 
 class _RawLogprobs:
     """Log probabilities under the model's unmodified logits, for the rows that ask; taken before any edit."""
 
-    def __init__(self, logits: torch.Tensor, sequences: Many[Sequence]) -> None:
-        wanted = {
-            row: sequence.params.logprobs
-            for row, sequence in enumerate(sequences)
-            if sequence.params.logprobs is not None
-        }
+    def __init__(self, logits: torch.Tensor, wanted: Mapping[int, int]) -> None:
         self._place = {row: place for place, row in enumerate(wanted)}
-        if not wanted:
-            return
         rows = torch.tensor(list(wanted), device=logits.device)
         self._values = logits[rows].log_softmax(dim=-1)  # [asking rows, V]
         deepest = min(max(wanted.values()), logits.shape[1])

@@ -27,12 +27,18 @@ SIGNATURE = types.void(types.CPointer(types.int64))
 _FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}  # not nnan, ninf: scores may be infinite
 
 
-def kernel(function: Callable[[Any], None]) -> Any:
-    """Compile a kernel; numba keeps the result on disk beside the source, or in the user's cache (NUMBA_CACHE_DIR)."""
+def kernel(function: Callable[[Any], None], *, exact: bool = False) -> Any:
+    """Compile a kernel; numba keeps the result on disk beside the source, or in the user's cache (NUMBA_CACHE_DIR).
+
+    Args:
+        function: in the part of Python that numba knows.
+        exact: every product and sum is rounded as written, on every processor; else they may be fused and reordered.
+    """
+    options = {"fastmath": False if exact else _FAST_MATH, "error_model": "numpy"}
     try:
-        return cfunc(SIGNATURE, cache=True, fastmath=_FAST_MATH, error_model="numpy")(function)
+        return cfunc(SIGNATURE, cache=True, **options)(function)
     except RuntimeError:  # neither place can be written: compiled anew at every start
-        return cfunc(SIGNATURE, fastmath=_FAST_MATH, error_model="numpy")(function)
+        return cfunc(SIGNATURE, **options)(function)
 
 
 class Team:
@@ -115,3 +121,23 @@ def narrow(_context: Any, _value: Any) -> Any:
         return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
 
     return types.uint16(types.float32), emit
+
+
+@intrinsic
+def bits_of(_context: Any, _value: Any) -> Any:
+    """The bits of a float32 as a signed word."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.sext(builder.bitcast(arguments[0], ir.IntType(32)), ir.IntType(64))
+
+    return types.int64(types.float32), emit
+
+
+@intrinsic
+def float_of(_context: Any, _bits: Any) -> Any:
+    """The float32 with these bits, the low 32 of a word."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), emit

@@ -1,8 +1,9 @@
 """The choice of tokens, without a word from the host. Letters in `engine.kernels`.
 
-`choose_tokens` means what `engine.sampler` means: the same order of cuts, the same limits with ties, the same noise,
-the same inversion in vocabulary order. Both sum in float64 but in another order, and `exp` may differ in its last bit
-between devices, so the tokens agree except where a draw or a cut falls into a sliver of about 1e-7 of the mass.
+`choose_tokens` means what its twin `engine.choice.choose_tokens` means: the same order of cuts, the same limits with
+ties, the same noise, the same inversion in vocabulary order. It sums probabilities in float64 where the twin adds whole
+numbers, and `exp` may differ in its last bits, so the tokens agree except where a draw or a cut falls into a sliver of
+about 1e-7 of the mass.
 """
 # ruff: noqa: N803
 
@@ -11,11 +12,8 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from engine.candidates import Cuts, draw
+from engine.candidates import Cuts
 from engine.kernels.jit import kernel, power_of_two
-from engine.noise import uniforms
-
-NO_CHOICE = -1  # a row whose logits leave nothing to choose from
 
 _TILE = 1024
 # SplitMix64, as in `engine.noise`.
@@ -62,20 +60,6 @@ def choose_tokens(
             TILE=min(_TILE, power_of_two(vocab_size)),
             num_warps=8,
         )
-    return chosen
-
-
-def choose_tokens_twin(
-    logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, seeds: torch.Tensor, indexes: torch.Tensor
-) -> torch.Tensor:
-    """Specification of `choose_tokens`, by the parts of `engine.sampler`."""
-    best, chosen = logits.max(dim=-1)
-    chosen[~torch.isfinite(best)] = NO_CHOICE
-    rows = torch.nonzero((temperatures > 0) & torch.isfinite(best)).squeeze(1)
-    if rows.numel():
-        scores = logits[rows] - best[rows].unsqueeze(1)
-        scores /= temperatures[rows].clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-        chosen[rows] = draw(scores, cuts.rows(rows), uniforms(seeds[rows], indexes[rows]))
     return chosen
 
 

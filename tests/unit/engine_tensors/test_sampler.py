@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_driver import make_sequence
 
-from engine.candidates import Cuts, draw, draw_whole, limits
+from engine.candidates import UNIT_BITS, Cuts, draw, limits, whole_weights
+from engine.choice import ChoiceRows, choice_for, choose_in_torch
+from engine.cpu.choice import TokenChoice
 from engine.logprobs import LOGPROB_FLOOR
 from engine.noise import uniforms
 from engine.plan import Failed, Sampled
@@ -128,17 +130,78 @@ def cuts_of(*params: SamplingParams) -> Cuts:
     top_k=st.integers(0, VOCAB + 3),
     top_p=st.sampled_from([0.05, 0.3, 0.71, 0.93, 1.0]),
     min_p=st.sampled_from([0.0, 0.03, 0.4, 1.0]),
-    looked_at=st.sampled_from([VOCAB, VOCAB // 2, 3]),
 )
 def test_the_kept_candidates_are_those_of_the_definitions(
-    logits: list[float], top_k: int, top_p: float, min_p: float, looked_at: int
+    logits: list[float], top_k: int, top_p: float, min_p: float
 ) -> None:
     params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
     scores = torch.tensor([logits])
-    (limit,), (known,) = limits(scores.topk(looked_at).values, scores.logsumexp(-1), cuts_of(params), VOCAB)
-    assert bool(known) or looked_at < VOCAB
-    if known:
-        assert set(torch.nonzero(scores[0] >= limit).flatten().tolist()) == naive_kept(logits, params)
+    scores -= scores.max()
+    (limit,) = limits(scores, whole_weights(scores), cuts_of(params))
+    assert set(torch.nonzero(scores[0] >= limit).flatten().tolist()) == naive_kept(scores[0].tolist(), params)
+
+
+def test_weights_are_exponentials_in_whole_numbers() -> None:
+    scores = -torch.cat((torch.linspace(0, 33, 200_001), torch.tensor([0.0, 1e-38, 700.0, math.inf])))
+    exact = scores.double().exp() * 2.0**UNIT_BITS
+    weights = whole_weights(scores.unsqueeze(0))[0]
+    assert int(weights[0]) == 2**UNIT_BITS
+    error = ((weights.double() - exact).abs() - 1).clamp(min=0) / exact.clamp(min=1e-300)
+    print(f"largest relative error {float(error.max()):.2e}")
+    assert float(error.max()) < 2**-22
+    assert weights[-2:].tolist() == [0, 0]
+
+
+fused_rows = st.lists(
+    st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.0, 1e-45, 0.3, 1.0, 2.5]),
+            "top_k": st.sampled_from([0, 0, 1, 7, 900, 5000]),
+            "top_p": st.sampled_from([1.0, 1.0, 0.9, 0.3, 1e-6, 0.9999999]),
+            "min_p": st.sampled_from([0.0, 0.0, 0.05, 1.0]),
+            "seed": st.integers(0, 2**64 - 1),
+            "output": st.lists(tokens, max_size=3).map(tuple),
+        }
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=fused_rows,
+    vocab_size=st.sampled_from([1, 5, 511, 512, 513, 1500]),
+    spread=st.sampled_from([0.0, 0.01, 3.0, 300.0]),
+    step=st.sampled_from([0.0, 0.5]),
+    numbers=st.integers(0, 2**32),
+    threads=st.sampled_from([1, 3]),
+)
+def test_the_compiled_choice_is_the_specification_to_the_letter(
+    rows: list[dict[str, Any]], vocab_size: int, spread: float, step: float, numbers: int, threads: int
+) -> None:
+    logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(numbers)) * spread
+    logits = (logits / step).round() * step if step else logits  # many ties, zeros of both signs
+    banned = torch.rand(logits.shape, generator=torch.Generator().manual_seed(numbers + 1)) < 0.1
+    logits[banned] = -torch.inf
+    if numbers % 3 == 0:
+        logits[0, numbers % vocab_size] = (-torch.tensor(math.nan), torch.tensor(math.nan), torch.inf)[numbers % 9 // 3]
+    choice_rows = ChoiceRows.of([sequence(**row) for row in rows])
+    torch.set_num_threads(threads)
+    try:
+        assert TokenChoice()(logits, choice_rows) == choose_in_torch(logits.clone(), choice_rows)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_without_the_compiler_the_specification_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ImportError("No module named 'numba'")
+
+    cpu = torch.device("cpu")
+    assert isinstance(choice_for(cpu), TokenChoice)
+    monkeypatch.setattr("engine.cpu.choice.TokenChoice", missing)
+    assert choice_for(cpu) is choose_in_torch
 
 
 @pytest.mark.parametrize(
@@ -218,7 +281,8 @@ def test_every_draw_lands_on_a_kept_candidate_even_at_the_ends() -> None:
     scores[:, 700] = 0.0
     scores[:, 1900] = -30.0
     edges = torch.tensor([2.0**-49, 0.5, 1 - 2.0**-49, 0.25], dtype=torch.float64)
-    assert draw_whole(scores, edges).tolist() == [700, 700, 1900, 700]
+    uncut = Cuts(torch.zeros(4, dtype=torch.int64), torch.ones(4), torch.zeros(4))
+    assert draw(scores, uncut, edges).tolist() == [700, 700, 1900, 700]
 
 
 def test_a_row_is_the_same_alone_and_in_any_company() -> None:

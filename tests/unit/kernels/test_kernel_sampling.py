@@ -12,8 +12,10 @@ from kernel_kit import assert_close
 from support.engine_driver import make_sequence
 
 from engine.candidates import Cuts
+from engine.choice import NO_CHOICE
+from engine.choice import choose_tokens as choose_tokens_twin
 from engine.kernels.penalties import Bias, Penalties, edit_logits, edit_logits_twin
-from engine.kernels.sampling import NO_CHOICE, choose_tokens, choose_tokens_twin
+from engine.kernels.sampling import choose_tokens
 from engine.logit_edits import edit_row
 from engine.noise import as_int64
 from engine.plan import Failed
