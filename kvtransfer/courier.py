@@ -132,10 +132,17 @@ class Courier:
                 events.grant_closed(news)
             case PeerLost():
                 self.stats.lost_peers += 1
-                for transport in self._config.transports.values():
-                    if isinstance(transport, DirectTransport):
-                        transport.forget(news.peer)
+                self.unmap(news.peer.address)
                 events.peer_lost(news)
+
+    def unmap(self, address: str) -> None:
+        """Drop what is mapped of a taker that is gone, or out of reach for now.
+
+        The memory of a dead worker's pool lasts until the last who mapped it lets go.
+        """
+        for transport in self._config.transports.values():
+            if isinstance(transport, DirectTransport):
+                transport.forget(address)
 
     # tasks
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Sequence
 
 from fleet.hand_off_messages import Grant, Offer
-from fleet.types import PeerRef
 from kvtransfer.device_region import DeviceRegion
 from kvtransfer.errors import RegionRejected, TransportUnavailable
 from kvtransfer.host import host_identity
@@ -45,10 +44,10 @@ class CudaIpcTransport:
             targets = grant.page_ids[first : first + len(page_ids)]
             taker.take_over(self._region, page_ids, targets, grant.generation)
 
-    def forget(self, peer: PeerRef) -> None:
+    def forget(self, address: str) -> None:
         """Unmap a taker's pool; waits for a copy into it."""
         with self._copying:
-            self._peers.forget(peer)
+            self._peers.forget(address)
 
     def close(self) -> None:
         """Unmap everything."""

@@ -69,7 +69,8 @@ class HandOffEndpoint:
         self._execute(self._desk.on_message(message, payload, self._clock()))
 
     def on_peer_lost(self, address: str) -> None:
-        """The bus lost its connection to this address."""
+        """The bus lost its connection to this address, whether or not a hand-off with whoever is there is open."""
+        self._courier.unmap(address)
         self._execute(self._desk.peer_lost(address, self._clock()))
 
     def offer(

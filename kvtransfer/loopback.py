@@ -41,7 +41,7 @@ class LoopbackTransport:
         targets = grant.page_ids[first : first + len(page_ids)]
         write_granted(taker, targets, grant.generation, [self._region.page(page_id) for page_id in page_ids])
 
-    def forget(self, peer: PeerRef) -> None:
+    def forget(self, address: str) -> None:
         """Nothing is mapped per peer."""
 
     def close(self) -> None:

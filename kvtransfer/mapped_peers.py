@@ -30,11 +30,18 @@ class MappedPeers(Generic[R]):
     Args:
         attach: maps a pool.
         drop: is given what is no longer kept.
+        exists: whether a pool's owner still has it; what was mapped of others is dropped when the next one is mapped.
     """
 
-    def __init__(self, attach: Callable[[PoolRef], R], drop: Callable[[R], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        attach: Callable[[PoolRef], R],
+        drop: Callable[[R], None] = lambda _: None,
+        exists: Callable[[PoolRef], bool] = lambda _: True,
+    ) -> None:
         self._attach = attach
         self._drop = drop
+        self._exists = exists
         self._mapped: OrderedDict[PeerRef, R] = OrderedDict()
         self._lock = threading.Lock()  # transfer threads map, the event loop forgets
 
@@ -44,17 +51,20 @@ class MappedPeers(Generic[R]):
             region = self._mapped.get(grant.taker)
             if region is None or region.ref != grant.pool:
                 region = self._mapped[grant.taker] = self._attach(grant.pool)
+                self._drop_of([taker for taker, mapped in self._mapped.items() if not self._exists(mapped.ref)])
             self._mapped.move_to_end(grant.taker)
             while len(self._mapped) > _MAX_MAPPED:
                 self._drop(self._mapped.popitem(last=False)[1])
             return region
 
-    def forget(self, peer: PeerRef) -> None:
-        """Drop a taker's region."""
+    def forget(self, address: str) -> None:
+        """Drop the regions of whoever was at this address; one who is there again is mapped again."""
         with self._lock:
-            region = self._mapped.pop(peer, None)
-            if region is not None:
-                self._drop(region)
+            self._drop_of([taker for taker in self._mapped if taker.address == address])
+
+    def _drop_of(self, takers: list[PeerRef]) -> None:
+        for taker in takers:
+            self._drop(self._mapped.pop(taker))
 
     def close(self) -> None:
         """Drop everything."""

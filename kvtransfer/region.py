@@ -156,6 +156,11 @@ class PoolRegion:
             (SHM_DIRECTORY / self.ref.name).unlink(missing_ok=True)
 
 
+def is_named(ref: PoolRef) -> bool:
+    """Whether the name still stands for a shared pool: neither its owner nor a sweep has removed it."""
+    return (SHM_DIRECTORY / ref.name).exists()
+
+
 def sweep_stale() -> list[str]:
     """Remove shared regions of this user whose owner is gone, and return their names.
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fleet.hand_off_messages import Grant, Offer
-from fleet.types import PeerRef
 from kvtransfer.copying import write_granted
 from kvtransfer.errors import RegionRejected, TransportUnavailable
 from kvtransfer.host import host_identity
 from kvtransfer.mapped_peers import MappedPeers
-from kvtransfer.region import PoolRegion
+from kvtransfer.region import PoolRegion, is_named
 
 
 class ShmTransport:
@@ -29,7 +28,7 @@ class ShmTransport:
         if not region.ref.name:
             raise TransportUnavailable("the shm transport is configured, but the page pool is not in shared memory")
         self._region = region
-        self._peers = MappedPeers(PoolRegion.attach)
+        self._peers = MappedPeers(PoolRegion.attach, exists=is_named)
 
     def can_take(self, offer: Offer) -> bool:
         """Only from a giver that shares memory and process ids with this process."""
@@ -44,9 +43,9 @@ class ShmTransport:
         targets = grant.page_ids[first : first + len(page_ids)]
         write_granted(taker, targets, grant.generation, [self._region.page(page_id) for page_id in page_ids])
 
-    def forget(self, peer: PeerRef) -> None:
+    def forget(self, address: str) -> None:
         """Unmap a taker's region once no write uses it."""
-        self._peers.forget(peer)
+        self._peers.forget(address)
 
     def close(self) -> None:
         """Unmap everything."""

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from fleet.hand_off_messages import Grant, Offer
-from fleet.types import PeerRef
 
 
 class Transport(Protocol):
@@ -51,8 +50,8 @@ class DirectTransport(Transport, Protocol):
             TransportUnavailable: the taker's memory cannot be reached.
         """
 
-    def forget(self, peer: PeerRef) -> None:
-        """This process life of a taker is over: drop what is mapped of it."""
+    def forget(self, address: str) -> None:
+        """Nobody answers at this address any more: drop what is mapped of the taker there, dead or not."""
 
 
 Transports = Mapping[str, Transport]

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ from support.redis_server import RedisServer
 
 from chaos.arena import LEASE_S, Arena
 from chaos.faults import Fault, all_faults
-from chaos.report import rows, table, title
+from chaos.report import rows, table
 from chaos.rounds import Outcome, Rounds
 
 
@@ -31,7 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="times that each fault is tried")
     parser.add_argument("--faults", default="", help="only those whose title contains one of these, comma-separated")
     parser.add_argument("--streams", type=int, default=16, help="live streams in each round")
-    parser.add_argument("--tokens", type=int, default=160, help="output tokens of each")
+    parser.add_argument("--tokens", type=int, default=100, help="output tokens of each")
     parser.add_argument("--storm", type=int, default=500, help="requests of an abort storm")
     parser.add_argument("--transports", default="shm,tcp", help="hand-off transports, best first")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no round after so many seconds")
@@ -46,7 +47,7 @@ def chosen(wanted: str) -> list[Fault]:
     faults = all_faults()
     if not parts:
         return faults
-    return [fault for fault in faults if any(part in title(Outcome(fault, "")).lower() for part in parts)]
+    return [fault for fault in faults if any(part in fault.title.lower() for part in parts)]
 
 
 async def play(
@@ -62,22 +63,26 @@ async def play(
     began_s = time.monotonic()
     for number in range(options.rounds):
         for fault in order.sample(faults, len(faults)):
+            if fault.awaits and number % 2 == 1:
+                continue
             if time.monotonic() - began_s > options.budget_s:
                 break
             outcome = await rounds.play(fault)
             outcomes.append(outcome)
             problems = [*outcome.wrong, *outcome.leaks.others]
+            parts = ", ".join(f"{part} {part_s:.1f}" for part, part_s in outcome.parts_s.items())
             say(
-                f"{number + 1:3} {title(outcome):35} {outcome.finished}/{outcome.streams - outcome.excused} finished, "
-                f"{outcome.hit} hit, {outcome.took_s:.1f} s {'; '.join(problems)}"
+                f"{number + 1:3} {outcome.fault.title:42} {outcome.finished}/{outcome.streams - outcome.excused} "
+                f"finished, {outcome.hit} hit, {outcome.took_s:.1f} s ({parts}) {'; '.join(problems)}"
             )
-    ordered = sorted(outcomes, key=lambda o: [title(Outcome(fault, "")) for fault in faults].index(title(o)))
+    ordered = sorted(outcomes, key=lambda outcome: faults.index(outcome.fault))
     return ordered, {"before": before, "after": arena.figures()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run it; 1 if a promise was broken."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))  # and take the fleet along
     with (
         tempfile.TemporaryDirectory(prefix="baton-chaos-") as scratch,
         RedisServer(Path(scratch)) as redis,

@@ -28,16 +28,11 @@ _COLUMNS = (
 )
 
 
-def title(outcome: Outcome) -> str:
-    """The fault and whom it hit."""
-    return f"{outcome.fault.name} ({outcome.fault.role})" if outcome.fault.role else outcome.fault.name
-
-
 def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """One record per fault, in the order in which they first came."""
     grouped: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        grouped.setdefault(title(outcome), []).append(outcome)
+        grouped.setdefault(outcome.fault.title, []).append(outcome)
     return [_row(name, group) for name, group in grouped.items()]
 
 

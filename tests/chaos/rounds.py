@@ -10,13 +10,18 @@ from itertools import cycle
 
 import httpx
 
-from chaos.arena import Arena, Leaks
-from chaos.faults import Fault, storm
-from chaos.streams import Answer, Ask, Judge, ask, asks
+from chaos.arena import Arena
+from chaos.asks import Ask, asks, probes
+from chaos.faults import Fault, Struck, storm
+from chaos.stock import Leaks
+from chaos.streams import Answer, Judge, ask
 
 NUM_PROBES = 8
-PROBE_TOKENS = 24
+PROBE_TOKENS = 16
 RECOVERY_S = 2.0
+NUM_BEFORE = 2
+NUM_TRIES = 3
+"""A message that a fault waits for may not pass: a worker that leaves may have nothing to move just then."""
 
 
 @dataclass
@@ -28,7 +33,8 @@ class Outcome:
         finished: of all streams that had to end well, how many did.
         pauses_s: of each stream that was hit, the longest gap after the strike.
         excused: streams of a gateway that was killed.
-        throughput: tokens per second right after the round, over those of the undisturbed fleet.
+        throughput: tokens per second within two seconds after the fault, over those right before it.
+        parts_s: where the time of the round went.
     """
 
     fault: Fault
@@ -45,7 +51,12 @@ class Outcome:
     throughput: float = 0.0
     leaks: Leaks = field(default_factory=Leaks)
     wrong: list[str] = field(default_factory=list)
-    took_s: float = 0.0
+    parts_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def took_s(self) -> float:
+        """All of it."""
+        return sum(self.parts_s.values())
 
 
 @dataclass
@@ -63,7 +74,6 @@ class Rounds:
         self._asks = asks(num_streams, seed=seed, max_tokens=max_tokens)
         self._num_storm = num_storm
         self._judge: Judge
-        self._normal_tokens_per_s = 0.0
 
     async def learn(self) -> None:
         """Hear what each request is answered while nothing happens, and how fast."""
@@ -77,45 +87,52 @@ class Rounds:
                 if answer.error:
                     raise RuntimeError(f"undisturbed request {asked.number}: {answer.error}")
             self._judge = Judge({asked.number: answer for asked, answer in zip(self._asks, answers, strict=True)})
-            self._normal_tokens_per_s = max([await self._probe(client) for _ in range(3)])
+            await self._probe(client)
+        await asyncio.to_thread(self._arena.learn_idle)
 
     async def _probe(self, client: httpx.AsyncClient) -> float:
         """Tokens per second of a few short requests at once."""
         began_s = time.monotonic()
         urls = cycle(self._arena.urls.values())
-        bodies = [
-            Ask(
-                n,
-                "/v1/completions",
-                {"model": "demo", "prompt": f"Probe {n}", "max_tokens": PROBE_TOKENS, "ignore_eos": True},
-            )
-            for n in range(NUM_PROBES)
-        ]
-        await asyncio.gather(*(ask(client, next(urls), body) for body in bodies))
+        await asyncio.gather(*(ask(client, next(urls), one) for one in probes(NUM_PROBES, max_tokens=PROBE_TOKENS)))
         return NUM_PROBES * PROBE_TOKENS / (time.monotonic() - began_s)
 
     async def play(self, fault: Fault) -> Outcome:
-        """One round of a fault."""
-        arena, began_s = self._arena, time.monotonic()
-        victim = arena.pick(fault.role) if fault.role else ""
-        outcome = Outcome(fault, victim, streams=len(self._asks))
+        """One round of a fault, and another one where it had no occasion to strike."""
+        for _ in range(NUM_TRIES):
+            outcome = await self._play(fault)
+            if outcome.victim or not fault.awaits:
+                return outcome
+        outcome.wrong.append("what it waits for never came to pass")
+        return outcome
+
+    async def _play(self, fault: Fault) -> Outcome:
+        arena, clock = self._arena, _Clock()
+        outcome = Outcome(fault, arena.pick(fault.role) if fault.role else "", streams=len(self._asks))
+        outcome.parts_s = clock.parts_s
         replays, migrations = arena.total("baton_replays_total"), arena.total("baton_migrations_total")
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
-            struck_s, running = await self._disturb(client, fault, victim)
+            normal = max([await self._probe(client) for _ in range(NUM_BEFORE)])
+            clock.lap("before")
+            running, struck = await self._disturb(client, fault, outcome.victim)
             answers = [await one.task for one in running]
-            self._judge_all(outcome, running, answers, struck_s)
-            await asyncio.to_thread(fault.mend, arena, victim)
+            outcome.victim = struck.victim
+            self._judge_all(outcome, running, answers, struck.at_s)
+            clock.lap("streams")
+            await asyncio.to_thread(fault.mend, arena, outcome.victim)
             if not fault.breaks_gateway:
                 outcome.replays = arena.total("baton_replays_total") - replays
                 outcome.migrations = arena.total("baton_migrations_total") - migrations
             await asyncio.to_thread(arena.await_whole)
-            outcome.throughput = await self._recovered(client)
+            clock.lap("mending")
+            outcome.throughput = await self._recovered(client, normal)
+            clock.lap("recovery")
         outcome.leaks = await asyncio.to_thread(arena.take_stock)
-        outcome.took_s = time.monotonic() - began_s
+        clock.lap("stock")
         return outcome
 
-    async def _disturb(self, client: httpx.AsyncClient, fault: Fault, victim: str) -> tuple[float, list[_Running]]:
-        """Start streams, strike among them; returns when it struck."""
+    async def _disturb(self, client: httpx.AsyncClient, fault: Fault, victim: str) -> tuple[list[_Running], Struck]:
+        """Start streams, strike among them; returns whom it struck and when, nobody if there was no occasion."""
         arena = self._arena
         gateways = cycle(sorted(arena.urls.items()))
         chunks = asyncio.Semaphore(0)
@@ -126,23 +143,24 @@ class Rounds:
 
         num_early = len(self._asks) - math.floor(len(self._asks) * fault.late)
         running = [start(asked) for asked in self._asks[:num_early]]
-        # A prefill worker is hit while prompts are under way, others in the middle of the streams.
-        most = 1 if fault.role == "prefill" else num_early * 30
-        for _ in range(arena.luck.randint(1, 4 * most)):
+        latest = max(4, round(fault.moment * sum(asked.body.get("max_tokens", 0) for asked in self._asks[:num_early])))
+        for _ in range(arena.luck.randint(1, latest)):
             if all(one.task.done() for one in running):
                 break
             taking = asyncio.ensure_future(chunks.acquire())
             await asyncio.wait([taking, *(one.task for one in running)], return_when=asyncio.FIRST_COMPLETED)
             taking.cancel()
-        struck_s = time.monotonic()
+        began_s = time.monotonic()
         striking = asyncio.create_task(asyncio.to_thread(fault.strike, arena, victim))
         if fault.storms:
             await storm(client, arena, self._asks, self._num_storm)
         if fault.late:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.0 if fault.awaits else 0.3)
             running += [start(asked) for asked in self._asks[num_early:]]
-        await striking
-        return struck_s, running
+        struck = await striking
+        if not fault.awaits:
+            struck = Struck(victim, began_s)
+        return running, struck or Struck("", math.inf)
 
     def _judge_all(self, outcome: Outcome, running: list[_Running], answers: list[Answer], struck_s: float) -> None:
         for one, answer in zip(running, answers, strict=True):
@@ -161,9 +179,22 @@ class Rounds:
             else:
                 outcome.finished += 1
 
-    async def _recovered(self, client: httpx.AsyncClient) -> float:
+    async def _recovered(self, client: httpx.AsyncClient, normal_tokens_per_s: float) -> float:
         """The best throughput within `RECOVERY_S`, over the normal one."""
         best, deadline_s = 0.0, time.monotonic() + RECOVERY_S
         while best < 0.9 and time.monotonic() < deadline_s:
-            best = max(best, await self._probe(client) / self._normal_tokens_per_s)
+            best = max(best, await self._probe(client) / normal_tokens_per_s)
         return best
+
+
+class _Clock:
+    """Says where time goes."""
+
+    def __init__(self) -> None:
+        self.parts_s: dict[str, float] = {}
+        self._since_s = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        """What came since the last lap was this."""
+        now_s = time.monotonic()
+        self.parts_s[part], self._since_s = now_s - self._since_s, now_s

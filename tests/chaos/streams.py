@@ -1,11 +1,11 @@
-"""What clients ask for, in many kinds; what they got, and how far that is from what an undisturbed fleet says."""
+"""What clients got for what they asked, and how far that is from what an undisturbed fleet says."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any
@@ -14,44 +14,18 @@ import httpx
 from support.fleet import DEMO
 from tokenizers import Tokenizer
 
+from chaos.asks import Ask
+
 LOGPROB_TOLERANCE = 1e-3
 TIMEOUT_S = 90.0
-_FREE = {"model": "demo", "temperature": 1.0, "ignore_eos": True}
-_WAYS: list[dict[str, Any]] = [
-    {"stream": True},
-    {"stream": True, "logprobs": 3},
-    {"stream": True, "frequency_penalty": 0.7, "presence_penalty": 0.4},
-    {"stream": True, "top_p": 0.9, "repetition_penalty": 1.2, "top_k": 50},
-    {"stream": True, "stops": True},
-    {"stream": True, "chat": True},
-    {"n": 2},
-    {"chat": True, "logprobs": True, "top_logprobs": 2},
-]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request of a client. `stops` asks for a stop string, which is cut out of the undisturbed text."""
-
-    number: int
-    path: str
-    body: dict[str, Any]
-    stops: bool = False
-
-    @property
-    def streamed(self) -> bool:
-        """Whether tokens are seen one by one."""
-        return bool(self.body.get("stream"))
-
-    def stopping_in(self, text: str) -> Ask:
-        """The same, ended by a string that the undisturbed text has at about two thirds."""
-        begin = len(text) * 2 // 3
-        return replace(self, body={**self.body, "stop": [text[begin : begin + 6]]}, stops=False)
 
 
 @dataclass
 class Answer:
-    """What a client got: by choice its text and end, all log-probabilities, usage; when, and what went wrong."""
+    """What a client got: by choice its text and end, all log-probabilities, usage; when, and what went wrong.
+
+    A call's name and arguments are part of the text.
+    """
 
     texts: dict[int, str] = field(default_factory=dict)
     finishes: dict[int, str] = field(default_factory=dict)
@@ -63,23 +37,6 @@ class Answer:
     def longest_gap_s(self, since_s: float) -> float:
         """The longest wait for a next chunk that ended after this moment."""
         return max((later - earlier for earlier, later in pairwise(self.times_s) if later >= since_s), default=0.0)
-
-
-def asks(count: int, *, seed: int, max_tokens: int) -> list[Ask]:
-    """So many requests, of all kinds in turn, with prompts of several lengths."""
-    made = []
-    for number in range(count):
-        way = dict(_WAYS[number % len(_WAYS)])
-        chat, stops = way.pop("chat", False), way.pop("stops", False)
-        prompt = f"Tell me of page number {number} of book {seed}. " * (1 + 6 * (number % 4))
-        body = {**_FREE, **way, "max_tokens": max_tokens, "seed": seed * 1000 + number}
-        if way.get("stream"):
-            body["stream_options"] = {"include_usage": True}
-        if chat:
-            made.append(Ask(number, "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]}))
-        else:
-            made.append(Ask(number, "/v1/completions", body | {"prompt": prompt}, stops))
-    return made
 
 
 async def ask(client: httpx.AsyncClient, url: str, asked: Ask, *, seen: Callable[[], object] = lambda: None) -> Answer:
@@ -111,14 +68,37 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def _take(answer: Answer, body: dict[str, Any]) -> None:
-    """Add a whole answer or one chunk of it."""
-    if "error" in body:
+    """Add a whole answer, one chunk of it, or one event of the Responses API."""
+    if body.get("error"):
         answer.error = str(body["error"])
-        return
+    elif "type" in body:
+        _take_event(answer, body)
+    else:
+        _take_choices(answer, body)
+
+
+def _take_event(answer: Answer, event: dict[str, Any]) -> None:
+    match event["type"]:
+        case "response.output_text.delta":
+            answer.texts[0] = answer.texts.get(0, "") + event["delta"]
+        case "response.completed" | "response.incomplete" as kind:
+            usage = event["response"]["usage"]
+            answer.finishes[0] = kind.removeprefix("response.")
+            answer.usage = (usage["input_tokens"], usage["output_tokens"])
+        case "response.failed":
+            answer.error = str(event["response"]["error"])
+        case "error":
+            answer.error = str(event)
+
+
+def _take_choices(answer: Answer, body: dict[str, Any]) -> None:
     for choice in body["choices"]:
         index = choice["index"]
         message = choice.get("delta") or choice.get("message") or {}
-        answer.texts[index] = answer.texts.get(index, "") + (choice.get("text") or message.get("content") or "")
+        functions = [call["function"] for call in message.get("tool_calls") or []]
+        called = "".join((function.get("name") or "") + (function.get("arguments") or "") for function in functions)
+        text = choice.get("text") or message.get("content") or ""
+        answer.texts[index] = answer.texts.get(index, "") + text + called
         if choice.get("finish_reason"):
             answer.finishes[index] = choice["finish_reason"]
         logprobs = choice.get("logprobs") or {}

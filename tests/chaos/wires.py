@@ -2,12 +2,16 @@
 
 Each process advertises a loopback address of its own, on which nobody listens but this. A cut of a process covers its
 inbox and, found by their local ports, the connections that it made to the inboxes of others.
+
+A trap waits for a message: what it does, it does while the last byte of that message is held back, or right behind it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +20,8 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+
+from chaos.zmtp import MessageReader, kinds
 
 CHUNK_BYTES = 1 << 16
 
@@ -29,15 +35,58 @@ class Cut(StrEnum):
     """Connections stay, and no byte arrives."""
 
 
+class Side(StrEnum):
+    """Whose message it is."""
+
+    SENDER = "sender"
+    RECEIVER = "receiver"
+
+
+@dataclass(eq=False)
+class Trap:
+    """Strikes one side when the n-th message of a kind passes between processes of two kinds.
+
+    Attributes:
+        kind: name of a message, or of an event in a Publication.
+        sender, receiver: how their names begin.
+        side: whom it strikes.
+        nth: from 1.
+        before: before the message arrives; else right behind it.
+        blow: what happens to the victim's process.
+        victim: whom it struck; empty before.
+        sprung: set when it has struck, at `sprung_s`, monotonic.
+    """
+
+    kind: str
+    sender: str
+    receiver: str
+    side: Side
+    nth: int
+    before: bool
+    blow: Callable[[psutil.Process], None]
+    victim: str = ""
+    sprung_s: float = 0.0
+    sprung: threading.Event = field(default_factory=threading.Event)
+
+    def spring(self, victim: str, process: psutil.Process) -> None:
+        """Strike."""
+        with suppress(psutil.NoSuchProcess):
+            self.blow(process)
+        self.victim, self.sprung_s = victim, time.monotonic()
+        self.sprung.set()
+
+
 @dataclass(eq=False)
 class _Link:
-    """One proxied connection."""
+    """One proxied connection; `client`, who made it, is found when somebody asks."""
 
     owner: str
     client_port: int
     server: tuple[str, int]
     writers: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
     flows: asyncio.Event = field(default_factory=asyncio.Event)
+    reader: MessageReader = field(default_factory=MessageReader)
+    client: str = ""
 
     def abort(self) -> None:
         for writer in self.writers:
@@ -53,7 +102,9 @@ class Wires:
         self._servers: dict[str, asyncio.Server] = {}
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._cuts: dict[str, tuple[Cut, psutil.Process]] = {}
+        self._processes: dict[str, psutil.Process] = {}
+        self._cuts: dict[str, Cut] = {}
+        self._trap: Trap | None = None
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -70,14 +121,16 @@ class Wires:
     def _run(self, work: object) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)  # type: ignore[arg-type]
 
-    def lead(self, name: str, host: str, port: int) -> None:
+    def lead(self, name: str, pid: int, host: str, port: int) -> None:
         """Lead `host:port` to the inbox of the process `name`, at the same port of 127.0.0.1."""
-        self._run(self._lead(name, host, port)).result(timeout=10)
+        self._run(self._lead(name, pid, host, port)).result(timeout=10)
 
-    async def _lead(self, name: str, host: str, port: int) -> None:
+    async def _lead(self, name: str, pid: int, host: str, port: int) -> None:
         async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self._carry(name, port, reader, writer)
+            with suppress(asyncio.CancelledError):  # `_close`
+                await self._carry(name, port, reader, writer)
 
+        self._processes[name] = psutil.Process(pid)
         self._servers[name] = await asyncio.start_server(accepted, host, port)
 
     def drop(self, name: str) -> None:
@@ -86,17 +139,18 @@ class Wires:
 
     async def _drop(self, name: str) -> None:
         server = self._servers.pop(name, None)
+        self._processes.pop(name, None)
         if server is not None:
             server.close()
         for link in [link for link in self._links if link.owner == name]:
             link.abort()
 
-    def cut(self, name: str, pid: int, how: Cut) -> None:
+    def cut(self, name: str, how: Cut) -> None:
         """Break every connection from and to this process until `heal`."""
-        self._run(self._cut(name, pid, how)).result(timeout=10)
+        self._run(self._cut(name, how)).result(timeout=10)
 
-    async def _cut(self, name: str, pid: int, how: Cut) -> None:
-        self._cuts[name] = (how, psutil.Process(pid))
+    async def _cut(self, name: str, how: Cut) -> None:
+        self._cuts[name] = how
         for link in list(self._links):
             if self._is_cut(link) is Cut.RESET:
                 link.abort()
@@ -113,10 +167,30 @@ class Wires:
             link.flows.set()
 
     def _is_cut(self, link: _Link) -> Cut | None:
-        for name, (how, process) in self._cuts.items():
-            if link.owner == name or (link.client_port, link.server) in _connections(process):
+        for name, how in self._cuts.items():
+            if link.owner == name or _made(self._processes[name], link):
                 return how
         return None
+
+    def set_trap(self, trap: Trap | None) -> None:
+        """Wait for a message, instead of for what was waited for; None: for none."""
+        self._loop.call_soon_threadsafe(setattr, self, "_trap", trap)
+
+    def _sprung_by(self, link: _Link, frames: list[bytes]) -> tuple[Trap, str] | None:
+        """The trap and its victim, if this is the message that it waits for; it waits no more then."""
+        trap = self._trap
+        if trap is None or not link.owner.startswith(trap.receiver) or trap.kind not in kinds(frames):
+            return None
+        if not link.client:
+            makers = (name for name, process in self._processes.items() if _made(process, link))
+            link.client = next(makers, "")
+        if not link.client.startswith(trap.sender):
+            return None
+        trap.nth -= 1
+        if trap.nth > 0:
+            return None
+        self._trap = None
+        return trap, link.client if trap.side is Side.SENDER else link.owner
 
     async def _carry(self, name: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -136,11 +210,28 @@ class Wires:
             link.abort() if how is Cut.RESET else link.flows.clear()
         try:
             with suppress(OSError):
-                await _first_of(_pump(reader, inner_writer, link), _pump(inner_reader, writer, link))
+                await _first_of(self._watch(reader, inner_writer, link), _pump(inner_reader, writer, link))
         finally:
             link.abort()
             self._links.discard(link)
             self._tasks.discard(task)
+
+    async def _watch(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link) -> None:
+        """Carry what the client says; its peer says nothing but ZMTP's own words."""
+        while data := await reader.read(CHUNK_BYTES):
+            await link.flows.wait()
+            done = last = 0
+            for end, frames in link.reader.feed(data):
+                if found := self._sprung_by(link, frames):
+                    trap, victim = found
+                    passed = last if trap.before else end
+                    writer.write(data[done:passed])
+                    await writer.drain()
+                    done = passed
+                    trap.spring(victim, self._processes[victim])
+                last = end
+            writer.write(data[done:])
+            await writer.drain()
 
     async def _close(self) -> None:
         for server in self._servers.values():
@@ -167,10 +258,13 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link
         await writer.drain()
 
 
-def _connections(process: psutil.Process) -> set[tuple[int, tuple[str, int]]]:
-    """Local port and remote address of each; the same port may serve several remote addresses."""
+def _made(process: psutil.Process, link: _Link) -> bool:
+    """Whether this process made the connection; the same local port may serve several remote addresses."""
     try:
-        made = process.net_connections("tcp")
+        connections = process.net_connections("tcp")
     except psutil.Error:
-        return set()
-    return {(one.laddr.port, (one.raddr.ip, one.raddr.port)) for one in made if one.raddr}
+        return False
+    return any(
+        one.laddr.port == link.client_port and one.raddr and (one.raddr.ip, one.raddr.port) == link.server
+        for one in connections
+    )

@@ -10,12 +10,18 @@ from chaos.__main__ import main
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-FAULTS = ("kill -9 (decode)", "kill -9 (prefill)", "link silent (decode)", "Redis paused", "abort storm")
+FAULTS = (
+    "kill -9 (decode)",
+    "kill -9 at Commit (prefill)",
+    "link silent (decode)",
+    "Redis paused",
+    "abort storm",
+)
 
 
 def test_nothing_is_lost_and_nothing_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "chaos.json"
-    options = ["--seed", "7", "--rounds", "1", "--storm", "120", "--json", str(record)]
+    options = ["--seed", "7", "--rounds", "1", "--storm", "120", "--tokens", "80", "--json", str(record)]
     code = main([*options, "--faults", ",".join(FAULTS)])
     assert code == 0, capsys.readouterr().out
     rows = json.loads(record.read_text(encoding="utf-8"))["rows"]

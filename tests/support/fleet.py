@@ -85,7 +85,7 @@ class Fleet:
             del given["threads"]
         merged = {**self.settings, **given, **settings}
         environment |= {f"BATON_{key.upper()}": str(value) for key, value in merged.items()}
-        environment["HF_HUB_OFFLINE"] = "1"
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
         log = self.directory / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(

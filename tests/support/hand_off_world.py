@@ -78,7 +78,7 @@ class SimDirect(SimCarried):
     def write(self, grant: Grant, first: int, page_ids: Sequence[int]) -> None:
         raise AssertionError((grant, first, page_ids))
 
-    def forget(self, peer: PeerRef) -> None:
+    def forget(self, address: str) -> None:
         """Nothing is mapped."""
 
 

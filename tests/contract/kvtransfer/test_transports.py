@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -190,6 +191,21 @@ async def test_a_vanished_giver_frees_the_takers_pages(transport: str, directory
         assert taker.news.of("grant_closed")[0].quarantined is direct
         assert taker.bank.is_whole is not direct
         assert taker.bank.adopted == []
+
+
+async def test_a_vanished_taker_is_unmapped_though_no_hand_off_is_open(directory: Directory) -> None:
+    async with Side("p", "shm", directory) as giver, Side("d", "shm", directory) as taker:
+        gift = Gift(giver, "r", 30)
+        gift.offer(taker)
+        gift.commit()
+        await until(lambda: giver.endpoint.num_giving == 0)
+
+        def num_mapped() -> int:
+            return Path("/proc/self/maps").read_text(encoding="utf-8").count(taker.region.ref.name)
+
+        assert num_mapped() == 2  # the taker's own, and the giver's
+        await taker.vanish()
+        await until(lambda: num_mapped() == 1)
 
 
 @pytest.mark.parametrize("when", ["offered", "writing", "committed"])

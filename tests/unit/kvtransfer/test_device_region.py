@@ -64,7 +64,7 @@ def test_neighbours_are_copied_as_one_run(pools: tuple[DeviceRegion, DeviceRegio
     transport.write(grant, 3, [6])
     assert bytes(taker.frame(7)) == bytes([7]) * PAGE_BYTES
     assert device(giver).num_open == 1  # opened once for the peer's life
-    transport.forget(grant.taker)
+    transport.forget(grant.taker.address)
     assert device(giver).num_open == 0
     transport.close()
 

@@ -54,7 +54,7 @@ class DirectStub:
     def write(self, *_: object) -> None:
         raise AssertionError("the simulation writes")
 
-    def forget(self, _peer: PeerRef) -> None:
+    def forget(self, _address: str) -> None:
         pass
 
     def close(self) -> None:

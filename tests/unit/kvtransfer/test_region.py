@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -24,7 +25,8 @@ from kvtransfer.errors import (
     TransportUnavailable,
 )
 from kvtransfer.host import SHM_DIRECTORY, ProcessIdentity, ProcProcessWatch, host_identity, own_process
-from kvtransfer.region import PoolRegion, sweep_stale
+from kvtransfer.mapped_peers import MappedPeers
+from kvtransfer.region import PoolRegion, is_named, sweep_stale
 from kvtransfer.shm import ShmTransport
 from kvtransfer.transports import build_transports
 
@@ -220,12 +222,23 @@ def test_the_shm_transport_writes_runs_of_a_grant_and_maps_once_per_life(shared:
     assert (bytes(shared.page(2)[:1]), bytes(shared.page(0)[:1])) == (b"a", b"b")
     with pytest.raises(TransportUnavailable):
         transport.write(make_grant(shared, incarnation=2), 0, [2])
-    transport.forget(grant.taker)
+    transport.forget(grant.taker.address)
     with pytest.raises(TransportUnavailable):
         transport.write(grant, 0, [2])
     transport.close()
     own.unlink()
     own.close()
+
+
+def test_pools_whose_name_is_gone_are_unmapped_when_the_next_one_is_mapped(shared: PoolRegion) -> None:
+    gone = PoolRegion.create("gone", num_pages=3, page_bytes=PAGE_BYTES, shared=True)
+    peers = MappedPeers(PoolRegion.attach, exists=is_named)
+    kept = weakref.ref(peers.of(make_grant(gone)))
+    gone.unlink()
+    assert kept() is not None
+    peers.of(make_grant(shared, incarnation=2))
+    assert kept() is None
+    gone.close()
 
 
 def test_a_configured_transport_that_cannot_work_stops_the_start(shared: PoolRegion) -> None:
