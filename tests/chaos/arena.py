@@ -74,6 +74,7 @@ class Arena:
                 settings["max_step_tokens"] = 64
             service = self.fleet.start(f"{role}_svc", name, advertise_host=host, **settings)
         self.stock.pids.add(service.process.pid)
+        self.wires.know(name, service.process.pid)
         return name
 
     def remove(self, name: str, signum: int) -> int:
@@ -136,14 +137,14 @@ class Arena:
         if name not in self._ready:
             service = self.fleet.services[name]
             text = until(partial(_ready_line, self.fleet, service), within_s=60, what=f"{name} is ready")
-            self._lead(name, service, text)
+            self._lead(name, text)
             self._ready.add(name)
 
-    def _lead(self, name: str, service: Service, ready: dict[str, str]) -> None:
+    def _lead(self, name: str, ready: dict[str, str]) -> None:
         if name.startswith("gateway"):
             self.urls[name] = ready["url"]
         host, _, port = ready["address"].removeprefix("tcp://").rpartition(":")
-        self.wires.lead(name, service.process.pid, host, int(port))
+        self.wires.lead(name, host, int(port))
 
     def _all_known(self) -> bool:
         for service in self.fleet.services.values():

@@ -1,7 +1,7 @@
 """Cuts the network between processes of one machine: a TCP proxy before every inbox, in a thread of its own.
 
 Each process advertises a loopback address of its own, on which nobody listens but this. A cut of a process covers its
-inbox and, found by their local ports, the connections that it made to the inboxes of others.
+inbox and, found by their sockets, the connections that it made to the inboxes of others.
 
 A trap waits for a message: what it does, it does while the last byte of that message is held back, or right behind it.
 """
@@ -9,6 +9,7 @@ A trap waits for a message: what it does, it does while the last byte of that me
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from ipaddress import ip_address
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -78,15 +81,13 @@ class Trap:
 
 @dataclass(eq=False)
 class _Link:
-    """One proxied connection; `client`, who made it, is found when somebody asks."""
+    """One proxied connection: whose inbox, and who made it; empty for somebody who is none of ours."""
 
     owner: str
-    client_port: int
-    server: tuple[str, int]
+    client: str
     writers: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
     flows: asyncio.Event = field(default_factory=asyncio.Event)
     reader: MessageReader = field(default_factory=MessageReader)
-    client: str = ""
 
     def abort(self) -> None:
         for writer in self.writers:
@@ -121,16 +122,19 @@ class Wires:
     def _run(self, work: object) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)  # type: ignore[arg-type]
 
-    def lead(self, name: str, pid: int, host: str, port: int) -> None:
-        """Lead `host:port` to the inbox of the process `name`, at the same port of 127.0.0.1."""
-        self._run(self._lead(name, pid, host, port)).result(timeout=10)
+    def know(self, name: str, pid: int) -> None:
+        """A process begins: its connections will be known for its own."""
+        self._processes[name] = psutil.Process(pid)
 
-    async def _lead(self, name: str, pid: int, host: str, port: int) -> None:
+    def lead(self, name: str, host: str, port: int) -> None:
+        """Lead `host:port` to the inbox of the process `name`, at the same port of 127.0.0.1."""
+        self._run(self._lead(name, host, port)).result(timeout=10)
+
+    async def _lead(self, name: str, host: str, port: int) -> None:
         async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with suppress(asyncio.CancelledError):  # `_close`
                 await self._carry(name, port, reader, writer)
 
-        self._processes[name] = psutil.Process(pid)
         self._servers[name] = await asyncio.start_server(accepted, host, port)
 
     def drop(self, name: str) -> None:
@@ -168,7 +172,7 @@ class Wires:
 
     def _is_cut(self, link: _Link) -> Cut | None:
         for name, how in self._cuts.items():
-            if link.owner == name or _made(self._processes[name], link):
+            if name in (link.owner, link.client):
                 return how
         return None
 
@@ -181,9 +185,6 @@ class Wires:
         trap = self._trap
         if trap is None or not link.owner.startswith(trap.receiver) or trap.kind not in kinds(frames):
             return None
-        if not link.client:
-            makers = (name for name, process in self._processes.items() if _made(process, link))
-            link.client = next(makers, "")
         if not link.client.startswith(trap.sender):
             return None
         trap.nth -= 1
@@ -191,6 +192,11 @@ class Wires:
             return None
         self._trap = None
         return trap, link.client if trap.side is Side.SENDER else link.owner
+
+    def _client(self, client: tuple[str, int], server: tuple[str, int]) -> str:
+        inode = _inode(client, server)
+        processes = list(self._processes.items()) if inode is not None else []
+        return next((name for name, process in processes if _holds(process.pid, str(inode))), "")
 
     async def _carry(self, name: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -202,8 +208,9 @@ class Wires:
             writer.transport.abort()
             self._tasks.discard(task)
             return
-        client, server = (writer.get_extra_info(key) for key in ("peername", "sockname"))
-        link = _Link(name, client[1], server[:2], (writer, inner_writer))
+        ends = (writer.get_extra_info(key)[:2] for key in ("peername", "sockname"))
+        client = await asyncio.to_thread(self._client, *ends)
+        link = _Link(name, client, (writer, inner_writer))
         link.flows.set()
         self._links.add(link)
         if self._cuts and (how := self._is_cut(link)):
@@ -258,13 +265,25 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link
         await writer.drain()
 
 
-def _made(process: psutil.Process, link: _Link) -> bool:
-    """Whether this process made the connection; the same local port may serve several remote addresses."""
-    try:
-        connections = process.net_connections("tcp")
-    except psutil.Error:
-        return False
-    return any(
-        one.laddr.port == link.client_port and one.raddr and (one.raddr.ip, one.raddr.port) == link.server
-        for one in connections
-    )
+def _inode(client: tuple[str, int], server: tuple[str, int]) -> str | None:
+    """Of the client's end of a connection, as the kernel lists it (proc_pid_net(5)); None once it is closed."""
+    wanted = [_as_listed(client), _as_listed(server)]
+    for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        fields = line.split()
+        if fields[1:3] == wanted:
+            return fields[9]
+    return None
+
+
+def _as_listed(address: tuple[str, int]) -> str:
+    return f"{int.from_bytes(ip_address(address[0]).packed, sys.byteorder):08X}:{address[1]:04X}"
+
+
+def _holds(pid: int, inode: str) -> bool:
+    """Whether a process has this socket open."""
+    with suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if str(descriptor.readlink()) == f"socket:[{inode}]":
+                    return True
+    return False
