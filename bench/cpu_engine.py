@@ -31,6 +31,7 @@ from random_checkpoint import random_checkpoint
 
 from engine.kv_pool import allocate_pool
 from engine.load import LoadedModel, load_model
+from engine.model_config import ModelConfig
 from engine.plan import Row, Sampled, StepPlan
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
@@ -127,28 +128,25 @@ class Engine:
         return total
 
 
-def matrix_weights(model: LoadedModel) -> tuple[int, int]:
+def matrix_weights(config: ModelConfig) -> tuple[int, int]:
     """Numbers in all layers' matrices, and in the vocabulary head."""
-    config = model.config
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
     return config.num_layers * layer, config.vocab_size * config.hidden_size
 
 
-def decode_limit_s(model: LoadedModel, limits: Limits, batch: int, context: int) -> float:
+def decode_limit_s(config: ModelConfig, limits: Limits, batch: int, context: int) -> float:
     """No step can be shorter: bytes over bandwidth, operations over matrix rate, whichever is more."""
-    layers, head = matrix_weights(model)
-    config = model.config
+    layers, head = matrix_weights(config)
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
     read_s = ((layers + head) * 2 + batch * context * token_bytes) / (limits.read_gb_s * 1e9)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
     return max(read_s, batch * (2 * (layers + head) + attention) / (limits.gflop_s * 1e9))
 
 
-def prefill_limit_s(model: LoadedModel, limits: Limits, length: int) -> float:
+def prefill_limit_s(config: ModelConfig, limits: Limits, length: int) -> float:
     """Operations over the matrix rate: each token through the layers, one through the head, the causal triangle."""
-    layers, head = matrix_weights(model)
-    config = model.config
+    layers, head = matrix_weights(config)
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * length * length
     return (2 * layers * length + 2 * head + attention) / (limits.gflop_s * 1e9)
 
@@ -215,7 +213,7 @@ def main() -> None:
     for batch in batches:
         split.seconds.clear()
         times = engine.decode_s(batch, options.context, options.steps)
-        middle_s, limit_s = statistics.median(times), decode_limit_s(model, limits, batch, options.context)
+        middle_s, limit_s = statistics.median(times), decode_limit_s(model.config, limits, batch, options.context)
         print(
             f"decode {batch:3d} x {options.context}: {middle_s * 1e3:7.1f} ms, {batch / middle_s:7.1f} tokens/s "
             f"(limit {batch / limit_s:7.1f}: {limit_s / middle_s:.0%})"
@@ -226,7 +224,7 @@ def main() -> None:
     for length in prompts:
         engine.prefill_s(min(length, options.chunk), options.chunk)
         split.seconds.clear()
-        elapsed_s, limit_s = engine.prefill_s(length, options.chunk), prefill_limit_s(model, limits, length)
+        elapsed_s, limit_s = engine.prefill_s(length, options.chunk), prefill_limit_s(model.config, limits, length)
         print(
             f"prefill {length:5d} in {options.chunk}: {elapsed_s:6.2f} s, {length / elapsed_s:7.1f} tokens/s "
             f"(limit {length / limit_s:7.1f}: {limit_s / elapsed_s:.0%})"

@@ -2,7 +2,8 @@
 
     python bench/random_checkpoint.py [DIRECTORY]
 
-The tokenizer is the demo model's, smaller than the vocabulary, so that any server loads the directory.
+The tokenizer is the demo model's, filled up with made-up words to the size of the vocabulary, so that any server loads
+the directory and every token that random weights choose has a text.
 """
 
 from __future__ import annotations
@@ -62,14 +63,15 @@ def default_directory() -> Path:
 
 
 def random_checkpoint(directory: Path | None = None, shape: dict[str, Any] = QWEN3_0_6B) -> Path:
-    """The directory, written if it is not there yet."""
+    """The directory; the weights are drawn if they are not there yet."""
     directory = directory or default_directory()
-    if (directory / SINGLE_FILE).is_file():
-        return directory
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(shape, indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer_config.json", "generation_config.json"):
         shutil.copy(DEMO / name, directory / name)
+    (directory / "tokenizer.json").write_text(filled_tokenizer(shape["vocab_size"]))
+    if (directory / SINGLE_FILE).is_file():
+        return directory
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, size in expected_tensors(ModelConfig.from_directory(directory)).items():
@@ -81,6 +83,15 @@ def random_checkpoint(directory: Path | None = None, shape: dict[str, Any] = QWE
     save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.rename(directory / SINGLE_FILE)
     return directory
+
+
+def filled_tokenizer(vocab_size: int) -> str:
+    """The demo model's `tokenizer.json` with words that no merge makes for all ids up to `vocab_size`."""
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_bytes())
+    vocab = tokenizer["model"]["vocab"]
+    taken = {*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    vocab.update({f"Ġ#{number}": number for number in range(vocab_size) if number not in taken})
+    return json.dumps(tokenizer)
 
 
 if __name__ == "__main__":
