@@ -28,7 +28,7 @@ class FleetPlan:
     Attributes:
         gateway, prefill, decode: settings as the services will read them; names apart.
         specs: the services; an embedded Redis is not among them.
-        threads: compute threads that each worker gets.
+        threads: compute threads that each worker has for its own; with shared cores it takes idle ones besides.
         reach_host: address under which this machine reaches the gateway.
         api_url: what clients use as base URL.
     """
@@ -51,6 +51,7 @@ class Wish:
         overrides: settings given as flags, by field name.
         redis_url: of the Redis to use; for an embedded one, where it will be.
         name_suffix: put behind the names of workers, so that fleets which share a Redis keep apart; may be empty.
+        cores_file: by which workers lend each other cores that idle; empty: they do not.
     """
 
     num_prefill: int
@@ -58,6 +59,7 @@ class Wish:
     overrides: Mapping[str, str]
     redis_url: str
     name_suffix: str = ""
+    cores_file: str = ""
 
 
 def make_plan(wish: Wish, around: Surroundings, *, cores: int) -> FleetPlan:
@@ -73,6 +75,8 @@ def make_plan(wish: Wish, around: Surroundings, *, cores: int) -> FleetPlan:
     prefill = around.load(PrefillSettings, overrides)
     threads = prefill.threads or threads_per_worker(wish.num_prefill + wish.num_decode, cores)
     overrides["threads"] = str(threads)
+    if wish.cores_file and not prefill.threads and not prefill.shared_cores:
+        overrides["shared_cores"] = wish.cores_file
     gateway = around.load(GatewaySettings, overrides)
     if gateway.port == 0:
         overrides["port"] = str(free_port(gateway.host))

@@ -72,14 +72,18 @@ def run(arguments: argparse.Namespace, around: Surroundings, console: Console) -
             first.append(redis_spec)
         else:
             redis_url = overrides.get("redis_url") or around.load(GatewaySettings, overrides).redis_url
+        cores = usable_cores()
+        cores_file = _cores_file(cores)
+        cleanup.will_remove(cores_file)
         wish = Wish(
             num_prefill=arguments.prefill,
             num_decode=arguments.decode,
             overrides=overrides,
             redis_url=redis_url,
             name_suffix="" if embed else f"-{secrets.token_hex(3)}",
+            cores_file=str(cores_file),
         )
-        plan = make_plan(wish, around, cores=usable_cores())
+        plan = make_plan(wish, around, cores=cores)
         require_port(plan.gateway.host, plan.gateway.port)
         notes = NoteBook(around.state_dir)
         run_dir = notes.new_run_dir(os.getpid())
@@ -103,6 +107,14 @@ def run(arguments: argparse.Namespace, around: Surroundings, console: Console) -
         finally:
             reporter.close()
     return 0
+
+
+def _cores_file(cores: int) -> Path:
+    """What `BATON_SHARED_CORES` names: the file that says how many cores the workers lend each other."""
+    number, name = tempfile.mkstemp(prefix="baton-cores-")
+    with os.fdopen(number, "w") as file:
+        file.write(str(cores))
+    return Path(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +241,7 @@ def _announce(plan: FleetPlan, reporter: Reporters, run_dir: Path, *, embed: boo
     where = "embedded Redis" if embed else "the configured Redis"
     reporter.say(
         f"model {plan.prefill.model}: {counts['prefill']} prefill, {counts['decode']} decode, "
-        f"{plan.threads} compute threads each, {where}"
+        f"{plan.threads} compute threads each{', idle cores lent' if plan.decode.shared_cores else ''}, {where}"
     )
     reporter.say(f"logs in {run_dir}")
 

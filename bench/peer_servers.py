@@ -32,7 +32,7 @@ class Means:
     """What all servers get: the checkpoint, room for keys and values, and cores.
 
     Attributes:
-        kv_bytes: for the server's whole cache; where it has several pools, for each.
+        kv_bytes: for the server's whole cache; where it has two pools, half for each.
         kv_tokens: what these hold.
     """
 
@@ -71,7 +71,7 @@ def baton(means: Means, flags: tuple[str, ...] = ()) -> ServerSpec:
     """`baton up` with one worker of each kind, as a user starts it."""
     command = (
         *(sys.executable, "-m", "baton", "up", "--model", str(means.checkpoint), "--served-model-name", MODEL),
-        *("--port", "PORT", "--kv-cache-bytes", str(means.kv_bytes), "--max-model-len", str(means.max_model_len)),
+        *("--port", "PORT", "--kv-cache-bytes", str(means.kv_bytes // 2), "--max-model-len", str(means.max_model_len)),
         *("--max-num-seqs", str(means.max_num_seqs), *flags),
     )
     return ServerSpec("baton", sys.executable, ("torch", "litestar"), command, "/health/ready", directory=ROOT)

@@ -125,7 +125,7 @@ async def _run(
             close_hand_offs=lambda: endpoint.close(CLOSE_HAND_OFFS_S),
         )
     finally:
-        engine.grammars.close()
+        engine.close()
         for transport in transports.values():
             transport.close()
         await redis.aclose()

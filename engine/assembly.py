@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from engine.cpu.shared_cores import SharedCores
 from engine.grammar.desk import GrammarDesk
 from engine.hub import resolve_model
 from engine.kv_pool import allocate_pool, kv_page_bytes, pool_over
 from engine.load import LoadedModel, load_model
 from engine.memory import PoolPlan, available_memory_bytes, plan_pool
 from engine.pages import PagePool
+from engine.plan import StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.runner import DecodeForward, ModelRunner, input_shape
 from fleet import model_files
@@ -44,6 +46,18 @@ class Engine:
     cache: PrefixCache
     runner: ModelRunner
     grammars: GrammarDesk
+    cores: SharedCores | None = None
+
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        self.grammars.close()
+        if self.cores is not None:
+            self.cores.close()
+
+    def show_work(self, plan: StepPlan | None) -> None:
+        """Whether there is something to compute now, for those who share cores with us; called as steps are planned."""
+        if self.cores is not None:
+            (self.cores.rest if plan is None else self.cores.work)()
 
     def load(self, *, num_running: int, num_waiting: int, waiting_tokens: int = 0) -> WorkerLoad:
         """The worker's figures as heartbeats carry them."""
@@ -74,6 +88,7 @@ class OpenModel:
     plan: PoolPlan
     names: tuple[str, ...]
     files: tuple[str, dict[str, bytes]]
+    cores: SharedCores | None = None
 
     @property
     def page_facts(self) -> dict[str, Any]:
@@ -144,7 +159,7 @@ class OpenModel:
         grammars.warm()
         graphs = self._graphs(tensor) if decodes and self.model.device.type == "cuda" else None
         runner = ModelRunner(self.model, tensor, plan.page_size, grammars, graphs)
-        return Engine(plan.page_bytes, pool, cache, runner, grammars)
+        return Engine(plan.page_bytes, pool, cache, runner, grammars, self.cores)
 
     def _graphs(self, pool: torch.Tensor) -> DecodeForward:
         from engine.decode_graphs import DecodeGraphs, cuda_capture
@@ -183,7 +198,8 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         torch.set_num_threads(settings.threads)
     directory = resolve_model(settings.model)
     device = resolve_device(settings.device)
-    loaded = load_model(directory, settings.dtype, device)
+    cores = SharedCores(Path(settings.shared_cores), torch.get_num_threads()) if settings.shared_cores else None
+    loaded = load_model(directory, settings.dtype, device, cores)
     plan = plan_pool(
         page_bytes=kv_page_bytes(loaded.config, settings.page_size, loaded.dtype),
         page_size=settings.page_size,
@@ -205,7 +221,8 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         threads=torch.get_num_threads(),
         pool=plan.sentence,
     )
-    return OpenModel(settings, loaded, plan, _served_names(settings, directory), (model_files.digest_of(files), files))
+    named_files = (model_files.digest_of(files), files)
+    return OpenModel(settings, loaded, plan, _served_names(settings, directory), named_files, cores)
 
 
 def resolve_device(name: str) -> str:

@@ -29,6 +29,9 @@ class Backend(Protocol):
     def warm(self, *, group: int, head_dim: int, page_size: int) -> None:
         """Compile what steps of this model will need: G, D, P. Called once, before the worker is ready."""
 
+    def begin_layer(self) -> None:
+        """A layer is about to be computed; the place to look whether there are more or fewer cores than before."""
+
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """Take over a matrix `[out, in]` at load time and return its product; the place to pack weights.
 
@@ -91,6 +94,9 @@ class TorchBackend:
 
     def warm(self, *, group: int, head_dim: int, page_size: int) -> None:
         """Nothing is compiled."""
+
+    def begin_layer(self) -> None:
+        """Cores stay as they are."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """The product by `torch.nn.functional.linear`; weights stay as they are.

@@ -11,8 +11,9 @@ import torch
 
 from engine.backend import Backend, Linear, TorchBackend
 from engine.cpu.backend import CpuBackend
+from engine.cpu.shared_cores import SharedCores
 from engine.model_config import ModelConfig
-from engine.packed_backend import can_pack
+from engine.packed_backend import PackedBackend, can_pack
 from engine.rope import Rotary
 from engine.transformer import Layer, Transformer
 from engine.weights import Checkpoint, check_tensors, model_fingerprint, stored_dtype
@@ -49,18 +50,21 @@ class LoadedModel:
         return str(self.dtype).removeprefix("torch.")
 
 
-def load_model(directory: Path, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+def load_model(
+    directory: Path, dtype: str = "auto", device: str = "cpu", cores: SharedCores | None = None
+) -> LoadedModel:
     """Read configuration and weights of a Hugging Face directory.
 
     Weights are read from memory-mapped files straight into matrices of their own, query, key and value rows stacked
-    into one and gate and up rows into another, so that each exists once and the mapping can be dropped. Only an untied
-    embedding of the right dtype stays mapped: a step reads a few of its rows.
+    into one and gate and up rows into another, so that each exists once and the mapping can be dropped. Only an
+    embedding of the right dtype stays mapped, where no matrix shares its memory: a step reads a few of its rows.
 
     Args:
         directory: as `engine.hub.resolve_model` returns it.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own, except on a CPU without instructions
             for it (bfloat16: AMX-BF16 or AVX512-BF16; float16: AMX-FP16 or AVX512-FP16), where it is float32.
         device: `cpu`, or a torch device.
+        cores: shared with other workers; for a backend that computes alike on any number of threads.
 
     Raises:
         ModelNotFound: files are missing.
@@ -72,7 +76,7 @@ def load_model(directory: Path, dtype: str = "auto", device: str = "cpu") -> Loa
     with Checkpoint(directory) as checkpoint:
         check_tensors(config, checkpoint)
         resolved = resolve_dtype(dtype, stored_dtype(checkpoint), target)
-        loader = _Loader(config, checkpoint, resolved, target, _backend(config, resolved, target))
+        loader = _Loader(config, checkpoint, resolved, target, _backend(config, resolved, target, cores))
         transformer = loader.transformer()
     return LoadedModel(
         config=config,
@@ -101,7 +105,7 @@ def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torc
     return stored if any(able.get(name) for name in fast[stored]) else torch.float32
 
 
-def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device, cores: SharedCores | None) -> Backend:
     """The fastest backend that gives the specified results here. Raises: UnsupportedModel."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -109,7 +113,7 @@ def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> B
         from engine.kernel_backend import KernelBackend
 
         return KernelBackend(group=config.num_heads // config.num_kv_heads, device=device)
-    return CpuBackend() if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()
+    return CpuBackend(cores) if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()
 
 
 class _Loader:
@@ -134,8 +138,11 @@ class _Loader:
         """The whole model."""
         config = self._config
         tied = config.tie_word_embeddings
-        embedding = self._stack("model.embed_tokens.weight") if tied else self._mapped("model.embed_tokens.weight")
-        head = embedding if tied else self._stack("lm_head.weight")
+        if tied and not isinstance(self._backend, PackedBackend):
+            head = embedding = self._stack("model.embed_tokens.weight")
+        else:
+            embedding = self._mapped("model.embed_tokens.weight")
+            head = self._stack("model.embed_tokens.weight" if tied else "lm_head.weight")
         return Transformer(
             config=config,
             backend=self._backend,

@@ -74,6 +74,7 @@ class Transformer:
         angles = self.rotary.cos_sin(inputs.positions, inputs.rope_lengths, hidden.dtype)
         rotation = self.backend.plan_rotation(angles, inputs)
         for index, layer in enumerate(self.layers):
+            self.backend.begin_layer()
             attended = self._attention(layer, hidden, pool[:, index], inputs, rotation)
             hidden = hidden + attended
             normed = self.backend.rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)

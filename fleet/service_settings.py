@@ -19,6 +19,9 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
     device: Annotated[str, Meta(description="auto, cpu or cuda")] = "auto"
     threads: Annotated[int, Meta(description="compute threads; 0: all cores", ge=0, le=1024)] = 0
+    shared_cores: Annotated[
+        str, Meta(description="file that says how many cores this machine's workers lend each other; empty: none")
+    ] = ""
     page_size: Annotated[int, Meta(description="tokens per page", ge=1, le=1024)] = 16
     max_model_len: Annotated[int, Meta(description="longest prompt plus output; 0: the model's own", ge=0)] = 0
     max_num_seqs: Annotated[int, Meta(description="sequences that run at once", ge=1, le=65536)] = 64

@@ -11,6 +11,7 @@ import torch
 
 from engine.attention import attend
 from engine.cpu.prefill_attention import ChunkAttention
+from engine.cpu.shared_cores import SharedCores
 from engine.errors import NoKernels
 from engine.inputs import AttentionInputs, DecodeRows
 from engine.packed_backend import PackedBackend
@@ -22,7 +23,8 @@ _log = get_logger("cpu_backend")
 class CpuBackend(PackedBackend):
     """`PackedBackend` with attention of its own. Not for two steps at once: it keeps buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, cores: SharedCores | None = None) -> None:
+        self._cores = cores
         self._chunks = ChunkAttention()
         self._rows = _row_attention()
 
@@ -30,6 +32,11 @@ class CpuBackend(PackedBackend):
         """Compile, or load from the cache, what decoding needs, so that no request waits for it."""
         if self._rows is not None:
             self._rows.compile(group, head_dim, page_size)
+
+    def begin_layer(self) -> None:
+        """Take our present share of cores that are shared."""
+        if self._cores is not None:
+            self._cores.refresh()
 
     def attention(
         self, queries: torch.Tensor, keys_values: torch.Tensor | None, layer: torch.Tensor, inputs: object

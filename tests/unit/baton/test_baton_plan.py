@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path, model:
     assert around.is_given("max_num_seqs")
     assert around.is_given("port")
     assert not around.is_given("redis_url")
+
+
+@pytest.mark.parametrize(("overrides", "lent"), [({}, "/run/cores"), ({"threads": "3"}, "")])
+def test_workers_lend_each_other_cores_unless_their_threads_are_given(
+    tmp_path: Path, model: Path, overrides: dict[str, str], lent: str
+) -> None:
+    wish = dataclasses.replace(_wish(model, **overrides), cores_file="/run/cores")
+    plan = make_plan(wish, _around(tmp_path), cores=2)
+    assert plan.decode.shared_cores == lent
+    assert [spec.environ.get("BATON_SHARED_CORES", "") for spec in plan.specs] == [lent] * 3
 
 
 def test_a_bad_variable_names_itself(tmp_path: Path, model: Path) -> None:
