@@ -57,6 +57,7 @@ from loadtest.workload import Dialect
 
 PARTS = ("decode", "prefill", "interference")
 BASELINE = "vllm"
+FIGURE_S = 180.0
 FIRST_ID = 300  # below are bytes and special tokens
 _MISS = "-"
 
@@ -85,6 +86,10 @@ TINY = {
     "vocab_size": 8192,
     "max_window_layers": 2,
 }
+
+
+class Unusable(Exception):
+    """What was measured is no figure; says why."""
 
 
 class Client:
@@ -133,7 +138,7 @@ class Client:
         begin_s, end_s = max(each[0] for each in times), min(each[-1] for each in times)
         inside = sum(sum(begin_s < at_s <= end_s for at_s in each) for each in times)
         if inside < 4 * streams:
-            raise SystemExit(f"{streams} streams never ran together for 4 tokens each: raise the outputs")
+            raise Unusable(f"{streams} streams never ran together for 4 tokens each: raise the outputs")
         return inside / (end_s - begin_s)
 
     async def prefill(self, bench: Bench, length: int, repeats: int) -> list[float]:
@@ -170,7 +175,7 @@ def _check(found: Result) -> None:
     """A figure with failures in it is none."""
     summary = found.summary
     if summary.num_ok != summary.num_sent or summary.num_short_outputs:
-        raise SystemExit(f"{summary.num_ok} of {summary.num_sent} requests were answered in full: {summary.errors}")
+        raise Unusable(f"{summary.num_ok} of {summary.num_sent} requests were answered in full: {summary.errors}")
 
 
 async def measure_server(server: Running, parts: list[str], vocab_size: int, scale: Scale) -> dict[str, Any]:
@@ -179,16 +184,28 @@ async def measure_server(server: Running, parts: list[str], vocab_size: int, sca
     client = Client(server.url, vocab_size, scale, console)
     entry: dict[str, Any] = {}
 
+    async def book(part: str, name: str, figure: Coroutine[Any, Any, Any]) -> None:
+        try:
+            async with asyncio.timeout(FIGURE_S):
+                found = await figure
+        except (Unusable, TimeoutError) as error:
+            entry.setdefault("failed", {})[f"{part} {name}".strip()] = str(error) or f"no end within {FIGURE_S:g} s"
+            return
+        if name:
+            entry.setdefault(part, {})[name] = found
+        else:
+            entry[part] = found
+
     async def work(bench: Bench) -> None:
         await bench.measure(client.settings(2, 4, scale.stream_prompt, 8))  # warms up
         if "decode" in parts:
-            entry["decode"] = {str(n): await client.decode(bench, n) for n in scale.streams}
+            for streams in scale.streams:
+                await book("decode", str(streams), client.decode(bench, streams))
         if "prefill" in parts:
-            entry["prefill"] = {}
             for length, repeats in zip(scale.prompts, scale.repeats, strict=True):
-                entry["prefill"][str(length)] = await client.prefill(bench, length, repeats)
+                await book("prefill", str(length), client.prefill(bench, length, repeats))
         if "interference" in parts:
-            entry["interference"] = await client.interfere(bench)
+            await book("interference", "", client.interfere(bench))
 
     await client.with_bench(work)
     return entry
