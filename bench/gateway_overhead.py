@@ -166,7 +166,7 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
         bench = Bench(port)
         prefill = MockWorker(url, "baton", DEMO, Role.PREFILL, on_received=bench.on_received, on_sent=bench.on_sent)
         decode = MockWorker(url, "baton", DEMO, Role.DECODE, on_sent=bench.on_sent, interval_s=0.01)
-        prefill.twin = decode
+        prefill.decoders.append(decode)
         tasks = [asyncio.create_task(worker.run()) for worker in (prefill, decode)]
         try:
             await asyncio.sleep(2.5)

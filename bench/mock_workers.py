@@ -1,8 +1,8 @@
 """Workers without a model, for measuring everything around it: they speak the protocol and make tokens up.
 
-Each mock is a prefill and a decode worker in one coroutine: it answers a PrefillRequest with the first token, then
-sends one token per request at a fixed interval, all requests' tokens of one beat in one Publication, as a real step
-does.
+A made-up prefill worker answers a PrefillRequest with the first token and gives the request to the first of its targets
+among `decoders`, which live in the same process. Those send one token per request at a fixed interval, all requests'
+tokens of one beat in one Publication, as a real step does.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class MockWorker:
     running: dict[str, Running] = field(default_factory=dict)
     link: WorkerLink = field(init=False)
     peer: PeerRef = field(init=False)
-    twin: MockWorker | None = None
+    decoders: list[MockWorker] = field(default_factory=list)
 
     def record(self) -> WorkerRecord:
         """As any worker's."""
@@ -129,26 +129,25 @@ class MockWorker:
                 self.link.hear_hello(hello)
             case Cancel(request_id=request_id):
                 self.running.pop(request_id, None)
-                if self.twin is not None:
-                    self.twin.running.pop(request_id, None)
-            case PrefillRequest(passport=passport):
+                for worker in self.decoders:
+                    worker.running.pop(request_id, None)
+            case PrefillRequest(passport=passport, targets=targets):
                 self.on_received(passport.request_id, time.monotonic())
-                self._first_token(passport)
+                self._first_token(passport, targets)
             case _:
                 pass
 
-    def _first_token(self, passport: Passport) -> None:
-        assert self.twin is not None, "a mock prefill worker needs its decode twin"  # noqa: S101
+    def _first_token(self, passport: Passport, targets: list[PeerRef]) -> None:
         request_id, epoch, gateway = passport.request_id, passport.epoch, passport.gateway
         self.on_sent(request_id, 0, time.monotonic())
         self.link.publish(gateway, TokenChunk(request_id=request_id, epoch=epoch, index=0, token_ids=[self.token_id]))
         if passport.params.max_tokens == 1:
             self._finish(self.link, passport, 1)
             return
-        taker = self.twin.peer
-        self.link.publish(gateway, HandingOff(request_id=request_id, epoch=epoch, taker=taker, transport="mock"))
-        self.twin.link.publish(gateway, HandedOff(request_id=request_id, epoch=epoch))
-        self.twin.running[request_id] = Running(passport, due_s=time.monotonic() + self.interval_s)
+        taker = next(worker for worker in self.decoders if worker.peer == targets[0])
+        self.link.publish(gateway, HandingOff(request_id=request_id, epoch=epoch, taker=taker.peer, transport="mock"))
+        taker.link.publish(gateway, HandedOff(request_id=request_id, epoch=epoch))
+        taker.running[request_id] = Running(passport, due_s=time.monotonic() + self.interval_s)
 
     def _finish(self, link: WorkerLink, passport: Passport, count: int) -> None:
         finished = RequestFinished(

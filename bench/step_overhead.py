@@ -1,6 +1,7 @@
 """What a decode step of a small model costs beside the model: schedule, tensors, forward, sample, publish.
 
     python bench/step_overhead.py [--batches 1,8,32,64,128] [--contexts 128,1024,4000] [--threads 1] [--dtype auto]
+                                   [--temperature 1] [--top-p 1]
 
 The demo model, in this process. Scheduling is that of a decode worker with everything adopted; publishing is what a
 worker does with a step's tokens: one Publication, encoded for the wire. Each figure is a median over steps, in
@@ -13,7 +14,9 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -42,9 +45,17 @@ PARTS = ("schedule", "tensors", "forward", "sample", "commit", "publish")
 class Worker:
     """Scheduler and runner over one pool, with sequences adopted as if they had been handed over."""
 
-    def __init__(self, model: LoadedModel, batch: int, context: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        batch: int,
+        context: int,
+        *,
+        steps: int = STEPS,
+        sampling: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         config = model.config
-        per_row = -(-(context + STEPS + WARM_STEPS + 2) // PAGE_SIZE)
+        per_row = -(-(context + steps + WARM_STEPS + 2) // PAGE_SIZE)
         num_pages = batch * (per_row + 9) + 1
         pool = PagePool(num_pages, PAGE_SIZE)
         fingerprint = Fingerprint(
@@ -58,7 +69,7 @@ class Worker:
         self.runner = ModelRunner(model, tensor.zero_(), PAGE_SIZE)
         self.scheduler = DecodeScheduler(pool, cache, limits)
         for number in range(batch):
-            params = SamplingParams(temperature=1.0, seed=number, max_tokens=STEPS + WARM_STEPS + 2)
+            params = SamplingParams(**sampling, seed=number, max_tokens=steps + WARM_STEPS + 2)  # type: ignore[arg-type]  # floats
             passport = Passport(
                 request_id=f"request-{number}", epoch=0, model="demo", token_ids=[3 + number % 90] * context,
                 prompt_len=context - 1, params=params, gateway=ME,
@@ -115,6 +126,8 @@ def main() -> None:
     parser.add_argument("--contexts", default="128,1024,4000")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load_model(ROOT / "models" / "demo", options.dtype)
@@ -123,11 +136,13 @@ def main() -> None:
     model.transformer.backend.warm(group=group, head_dim=config.head_dim, page_size=PAGE_SIZE)
     batches = [int(word) for word in options.batches.split(",")]
     contexts = [int(word) for word in options.contexts.split(",")]
-    print(f"{model.dtype_name}, {options.threads} thread(s); medians of {STEPS} steps, microseconds")
+    sampling = {"temperature": options.temperature, "top_p": options.top_p}
+    print(f"{model.dtype_name}, {options.threads} thread(s), {sampling}; medians of {STEPS} steps, microseconds")
     print("| batch | context | " + " | ".join(PARTS) + " | all but forward |")
     print("| --- | --- |" + " --- |" * (len(PARTS) + 1))
     for batch, context in [(batch, contexts[0]) for batch in batches] + [(8, context) for context in contexts[1:]]:
-        worker = Worker(model, batch, min(context, config.max_length - STEPS - WARM_STEPS - 2))
+        length = min(context, config.max_length - STEPS - WARM_STEPS - 2)
+        worker = Worker(model, batch, length, sampling=sampling)
         for _ in range(WARM_STEPS):
             worker.step()
         steps = [worker.step() for _ in range(STEPS)]

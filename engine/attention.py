@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from engine.attention_inputs import AttentionInputs, Chunk, DecodeGroup
 from engine.exactness import attend_exactly, is_exact
-from engine.inputs import AttentionInputs, Chunk, DecodeGroup
 
 # Queries of a chunk that has a past attend in runs of this many: the mask stays `run x keys`, and keys after the
 # run's last query or before its first window are not read.

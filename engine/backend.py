@@ -16,8 +16,9 @@ import torch
 from torch.nn import functional
 
 from engine.attention import attend
+from engine.attention_inputs import AttentionInputs, InputShape, TableRow, gather_plan
 from engine.exactness import is_exact, padded
-from engine.inputs import AttentionInputs, InputShape, StepInputs, TableRow, gather_plan
+from engine.inputs import StepInputs
 from engine.rope import rotate
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
@@ -159,7 +160,7 @@ class TorchBackend:
         return rotate(queries, cos, sin), keys_values
 
     def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> object:
-        """Groups and chunks, see `engine.inputs`."""
+        """Groups and chunks, see `engine.attention_inputs`."""
         return gather_plan(rows, window, shape)
 
     def attention(

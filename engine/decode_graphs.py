@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.inputs import InputShape, StepInputs
+from engine.attention_inputs import InputShape
+from engine.inputs import StepInputs
 from engine.kernel_backend import KernelBackend, PagedAttention
 from engine.kernels.decode_plan import DecodePlan
 from engine.plan import Row

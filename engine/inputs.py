@@ -1,6 +1,6 @@
-"""The one translator from a step plan to tensors: ids, positions, slots, page tables, attention rows.
+"""The one translator from a step plan to tensors: ids, positions, slots, page tables; attention rows by the backend.
 
-Letters: T tokens of the step, P page_size, B rows of a decode group, n pages of its longest row, S = n * P.
+Letters: T tokens of the step, R rows that sample, P page_size.
 """
 
 from __future__ import annotations
@@ -8,114 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
 
+from engine.attention_inputs import InputShape, TableRow
+from engine.page_tables import PageArray
+from engine.pages import pages_for
 from engine.plan import Row
-
-# A decode group's keys and values are gathered into one buffer before attention. One that fits the caches is read
-# back from there; past this size, rows of their own are faster than a batch (measured on a 2 MB-L2 server core).
-GROUP_BYTES = 3 * 2**20
-# A shorter row in a group is padded to the longest: more than this share of padding costs more than a further call.
-_MAX_PADDING = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class InputShape:
-    """What translation needs to know of model and pool: page size, windows in use, bytes per token and layer."""
-
-    page_size: int
-    windows: tuple[int | None, ...]
-    layer_token_bytes: int
-    device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Rows of one new token each that attend together, padded to the longest.
-
-    Attributes:
-        tokens: [B] int64, index of each row's token among T.
-        page_ids: [B * n] int64, pages that hold what a row may see; padding repeats a page of the row itself.
-        visible: [B, 1, 1, S] bool, or None where B is 1 and `first`/`end` say it.
-        hidden_rows, hidden_slots: [M] int64, where `visible` is false: what lies there is not the row's and may be
-            anything, NaN included, so it is zeroed in the gathered copy.
-        first, end: slots `[first, end)` of the gathered pages are visible, where B is 1.
-    """
-
-    tokens: torch.Tensor
-    page_ids: torch.Tensor
-    visible: torch.Tensor | None
-    hidden_rows: torch.Tensor | None
-    hidden_slots: torch.Tensor | None
-    first: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        """B."""
-        return self.tokens.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Several consecutive tokens of one sequence.
-
-    Attributes:
-        begin, end: the tokens `[begin, end)` among T.
-        start: position of the first one.
-        page_ids: [n] int64, pages from the one that holds position `first_position`; None where `start` is 0, when
-            all keys are in this step's own tensors.
-        first_position: position that the first gathered slot holds, a multiple of P.
-        window: how many latest tokens a query sees, None for all.
-    """
-
-    begin: int
-    end: int
-    start: int
-    page_ids: torch.Tensor | None
-    first_position: int
-    window: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """The B rows of one new token each, as they are: ragged, nothing padded, on the host.
-
-    Attributes:
-        tokens: [B] int64, index of each row's token among T.
-        pages: [sum of the rows' pages] int64, the rows' page tables end to end, from the first page that a row sees.
-        starts: [B] int64, where each row's table begins in `pages`.
-        firsts, ends: [B] int64, slots `[first, end)` of a row's pages are visible.
-    """
-
-    tokens: np.ndarray
-    pages: np.ndarray
-    starts: np.ndarray
-    firsts: np.ndarray
-    ends: np.ndarray
-
-
-@dataclass(frozen=True)  # no slots: `groups` is kept in the instance
-class AttentionInputs:
-    """Who attends to what, for all layers of one window. Every token of the step is in exactly one of both.
-
-    Attributes:
-        decode: rows of one token, None without any.
-        chunks: rows of several.
-        shape: what the rows were translated for.
-    """
-
-    decode: DecodeRows | None
-    chunks: tuple[Chunk, ...]
-    shape: InputShape
-
-    @cached_property
-    def groups(self) -> tuple[DecodeGroup, ...]:
-        """`decode` in padded batches, for backends that attend by tensor operations; made when first asked for."""
-        return tuple(_groups(self.decode, self.shape)) if self.decode is not None else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,187 +43,111 @@ class StepInputs:
     sampled_tokens: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class TableRow:
-    """One row as attention sees it: `count` tokens from position `start` on, the first of them `begin` among T.
-
-    `table` holds the pages that cover the row's tokens, earlier ones included: int64, from position 0 on.
-    """
-
-    begin: int
-    start: int
-    count: int
-    table: np.ndarray
-
-
 PlanAttention = Callable[[Many[TableRow], int | None, InputShape], object]
 """Turns a step's rows into what one backend's attention reads, for one window."""
 
 
-def build_inputs(rows: Many[Row], shape: InputShape, plan_attention: PlanAttention) -> StepInputs:
+def build_inputs(
+    rows: Many[Row], shape: InputShape, plan_attention: PlanAttention, tables: Many[PageArray] | None = None
+) -> StepInputs:
     """Translate rows in order.
+
+    Args:
+        rows: of the step.
+        shape: of model and pool.
+        plan_attention: the backend's.
+        tables: of the rows' sequences, as `engine.page_tables` keeps them; without, page tables are read anew.
 
     Requires: at least one row, counts of at least 1, page tables that cover `start + count` tokens (`row_error` says).
     """
-    counts = np.array([row.count for row in rows])
-    ends = np.cumsum(counts)
-    begins = ends - counts
-    token_ids = np.concatenate([row.sequence.token_ids[row.start : row.start + row.count] for row in rows])
-    positions = np.concatenate([np.arange(row.start, row.start + row.count) for row in rows])
-    tables = [_table(row, shape.page_size) for row in rows]
-    pages = [
-        table[positions[begin:end] // shape.page_size] for table, begin, end in zip(tables, begins, ends, strict=True)
-    ]
-    page_ids = np.concatenate(pages)
-    prompt_lens = np.repeat([row.sequence.prompt_len for row in rows], counts)
-    sampling = np.array([row.sample for row in rows])
-    table_rows = [
-        TableRow(int(begin), row.start, row.count, table)
-        for begin, row, table in zip(begins, rows, tables, strict=True)
-    ]
+    if tables is None:
+        tables = [PageArray(row.sequence.page_table) for row in rows]
+    page_size = shape.page_size
+    starts = [row.start for row in rows]
+    counts = [row.count for row in rows]
+    pages = [table.first(pages_for(row.start + row.count, page_size)) for row, table in zip(rows, tables, strict=True)]
+    *begins, num_tokens = accumulate(counts, initial=0)
+    columns = (
+        _decode_columns(rows, page_size) if num_tokens == len(rows) else _columns(rows, pages, num_tokens, page_size)
+    )
+    tensors = torch.from_numpy(columns).to(shape.device).unbind()
+    table_rows = list(map(TableRow, begins, starts, counts, pages))
     return StepInputs(
-        token_ids=_tensor(token_ids, shape),
-        positions=_tensor(positions, shape),
-        rope_lengths=_tensor(np.maximum(prompt_lens, positions + 1), shape),
-        page_ids=_tensor(page_ids, shape),
-        offsets=_tensor(positions % shape.page_size, shape),
-        slots=_tensor(page_ids * shape.page_size + positions % shape.page_size, shape),
+        token_ids=tensors[0],
+        positions=tensors[1],
+        rope_lengths=tensors[2],
+        page_ids=tensors[3],
+        offsets=tensors[4],
+        slots=tensors[5],
         attention={window: plan_attention(table_rows, window, shape) for window in shape.windows},
-        sampled_tokens=_tensor(ends[sampling] - 1, shape),
+        sampled_tokens=tensors[6][: sum(row.sample for row in rows)],
     )
 
 
-def row_error(row: Row, *, vocab_size: int, page_size: int, num_pages: int) -> str | None:
-    """Why this row cannot be computed, as a sentence, or None. A bad row is left out so that others go on."""
-    ids = row.sequence.token_ids[row.start : row.start + row.count]
+# The columns of a step, `[7, T]` int64 in one piece, which a device gets by one copy: token ids, positions, rope
+# lengths, page ids, offsets, slots, and the tokens that are sampled at, filled up with anything.
+
+
+def _decode_columns(rows: Many[Row], page_size: int) -> np.ndarray:
+    """Of rows of one token each.
+
+    By lists and one array: what runs once between two forward passes finds the caches cold, and then each further kind
+    of array operation costs 5 to 20 us, as much as a list of some hundred numbers.
+    """
+    starts = [row.start for row in rows]
+    page_ids = [row.sequence.page_table[row.start // page_size] for row in rows]
+    offsets = [start % page_size for start in starts]
+    sampled = [at for at, row in enumerate(rows) if row.sample]
+    return np.array(
+        (
+            [row.sequence.token_ids[row.start] for row in rows],
+            starts,
+            [max(row.sequence.prompt_len, row.start + 1) for row in rows],
+            page_ids,
+            offsets,
+            [page * page_size + offset for page, offset in zip(page_ids, offsets, strict=True)],
+            sampled + [0] * (len(rows) - len(sampled)),
+        ),
+        dtype=np.int64,
+    )
+
+
+def _columns(rows: Many[Row], pages: Many[np.ndarray], num_tokens: int, page_size: int) -> np.ndarray:
+    """Of any rows."""
+    columns = np.empty((7, num_tokens), dtype=np.int64)
+    token_ids, positions, rope_lengths, page_ids, offsets, slots, sampled = columns
+    begin = num_sampled = 0
+    for row, table in zip(rows, pages, strict=True):
+        end = row.start + row.count
+        span = slice(begin, begin + row.count)
+        token_ids[span] = row.sequence.token_ids[row.start : end]
+        positions[span] = np.arange(row.start, end)
+        rope_lengths[span] = row.sequence.prompt_len
+        page_ids[span] = table[positions[span] // page_size]
+        begin += row.count
+        if row.sample:
+            sampled[num_sampled] = begin - 1
+            num_sampled += 1
+    np.maximum(rope_lengths, positions + 1, out=rope_lengths)
+    np.remainder(positions, page_size, out=offsets)
+    np.add(page_ids * page_size, offsets, out=slots)
+    return columns
+
+
+def row_error(row: Row, table: PageArray, *, vocab_size: int, page_size: int, num_pages: int) -> str | None:
+    """Why this row cannot be computed, as a sentence, or None. A bad row is left out so that others go on.
+
+    `table` is that of the row's sequence.
+    """
+    end = row.start + row.count
+    ids = row.sequence.token_ids[row.start : end]
     if row.count < 1 or len(ids) != row.count:
-        return f"tokens {row.start} to {row.start + row.count} are not in a sequence of {len(row.sequence.token_ids)}"
+        return f"tokens {row.start} to {end} are not in a sequence of {len(row.sequence.token_ids)}"
     if min(ids) < 0 or max(ids) >= vocab_size:
         worst = next(token for token in ids if not 0 <= token < vocab_size)
         return f"token id {worst} is outside the vocabulary of {vocab_size}"
-    table = row.sequence.page_table[: _pages_for(row.start + row.count, page_size)]
-    if len(table) * page_size < row.start + row.count:
-        return f"{len(table)} pages do not hold {row.start + row.count} tokens"
-    if min(table) < 0 or max(table) >= num_pages:
+    if len(table) * page_size < end:
+        return f"{len(table)} pages do not hold {end} tokens"
+    if table.lowest < 0 or table.highest >= num_pages:
         return f"the page table leaves the pool of {num_pages} pages"
     return None
-
-
-def gather_plan(rows: Many[TableRow], window: int | None, shape: InputShape) -> AttentionInputs:
-    """Single tokens into groups, longer rows into chunks: what attention by gathered copies reads."""
-    chunks: list[Chunk] = []
-    tokens: list[int] = []
-    pages: list[np.ndarray] = []
-    firsts: list[int] = []
-    ends: list[int] = []
-    for row in rows:
-        table, begin = row.table, row.begin
-        end_position = row.start + row.count
-        first_seen = 0 if window is None else max(0, row.start + 1 - window)
-        first_page = first_seen // shape.page_size
-        if row.count == 1:
-            offset = first_page * shape.page_size
-            tokens.append(begin)
-            pages.append(table[first_page:])
-            firsts.append(first_seen - offset)
-            ends.append(end_position - offset)
-            continue
-        chunks.append(
-            Chunk(
-                begin=begin,
-                end=begin + row.count,
-                start=row.start,
-                page_ids=_tensor(table[first_page:], shape) if row.start else None,
-                first_position=first_page * shape.page_size,
-                window=window if window is not None and window < end_position else None,
-            )
-        )
-    return AttentionInputs(_decode_rows(tokens, pages, firsts, ends) if tokens else None, tuple(chunks), shape)
-
-
-def _decode_rows(tokens: list[int], pages: list[np.ndarray], firsts: list[int], ends: list[int]) -> DecodeRows:
-    counts = np.array([len(table) for table in pages])
-    return DecodeRows(
-        tokens=np.array(tokens, dtype=np.int64),
-        pages=np.concatenate(pages),
-        starts=np.cumsum(counts) - counts,
-        firsts=np.array(firsts, dtype=np.int64),
-        ends=np.array(ends, dtype=np.int64),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Single:
-    """A row of one token: its index, the pages it sees, and which of their slots."""
-
-    token: int
-    pages: np.ndarray
-    first: int
-    end: int
-
-
-def _groups(rows: DecodeRows, shape: InputShape) -> list[DecodeGroup]:
-    """Batch rows of like length while padding and buffer stay small."""
-    tables = np.split(rows.pages, rows.starts[1:])
-    singles = [
-        _Single(*one)
-        for one in zip(rows.tokens.tolist(), tables, rows.firsts.tolist(), rows.ends.tolist(), strict=True)
-    ]
-    groups: list[DecodeGroup] = []
-    waiting: list[_Single] = []
-    used = 0
-    for single in sorted(singles, key=lambda one: len(one.pages), reverse=True):
-        if waiting:
-            longest = len(waiting[0].pages)
-            slots = (len(waiting) + 1) * longest
-            too_big = slots * shape.page_size * shape.layer_token_bytes > GROUP_BYTES
-            too_loose = (slots - used - len(single.pages)) > _MAX_PADDING * slots + len(waiting)
-            if too_big or too_loose:
-                groups.append(_group(waiting, shape))
-                waiting, used = [], 0
-        waiting.append(single)
-        used += len(single.pages)
-    if waiting:
-        groups.append(_group(waiting, shape))
-    return groups
-
-
-def _group(singles: list[_Single], shape: InputShape) -> DecodeGroup:
-    """Pad to the longest, which comes first."""
-    num_pages = len(singles[0].pages)
-    tokens = _tensor(np.array([single.token for single in singles]), shape)
-    if len(singles) == 1:
-        (single,) = singles
-        return DecodeGroup(tokens, _tensor(single.pages, shape), None, None, None, first=single.first, end=single.end)
-    table = np.empty((len(singles), num_pages), dtype=np.int64)
-    for at, single in enumerate(singles):
-        table[at, : len(single.pages)] = single.pages
-        table[at, len(single.pages) :] = single.pages[0]
-    slots = np.arange(num_pages * shape.page_size)
-    firsts = np.array([single.first for single in singles])[:, None]
-    ends = np.array([single.end for single in singles])[:, None]
-    visible = (slots >= firsts) & (slots < ends)
-    hidden_rows, hidden_slots = np.nonzero(~visible)
-    return DecodeGroup(
-        tokens=tokens,
-        page_ids=_tensor(table.reshape(-1), shape),
-        visible=torch.from_numpy(visible).to(shape.device)[:, None, None, :],
-        hidden_rows=_tensor(hidden_rows, shape),
-        hidden_slots=_tensor(hidden_slots, shape),
-        first=0,
-        end=num_pages * shape.page_size,
-    )
-
-
-def _table(row: Row, page_size: int) -> np.ndarray:
-    """The pages that cover the row's tokens, earlier ones included."""
-    needed = _pages_for(row.start + row.count, page_size)
-    return np.array(row.sequence.page_table[:needed], dtype=np.int64)
-
-
-def _pages_for(num_tokens: int, page_size: int) -> int:
-    return -(-num_tokens // page_size)
-
-
-def _tensor(array: np.ndarray, shape: InputShape) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(shape.device)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.attention_inputs import InputShape, TableRow
 from engine.backend import TorchBackend
-from engine.inputs import InputShape, StepInputs, TableRow
+from engine.inputs import StepInputs
 from engine.kernels.decode_plan import DecodePlan, plan_decode
 from engine.kernels.paged_decode_attention import paged_decode_attention
 from engine.kernels.paged_prefill_attention import PrefillPlan, paged_prefill_attention, plan_prefill

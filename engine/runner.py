@@ -9,11 +9,13 @@ from typing import Protocol
 
 import torch
 
+from engine.attention_inputs import InputShape
 from engine.choice import choice_for
 from engine.grammar.desk import GrammarDesk
-from engine.inputs import InputShape, StepInputs, build_inputs, row_error
+from engine.inputs import StepInputs, build_inputs, row_error
 from engine.kv_pool import page_shape
 from engine.load import LoadedModel
+from engine.page_tables import PageArray, PageTables
 from engine.plan import Failed, Result, Row, ScoredPrompt, StepOutput, StepPlan
 from engine.prompt_outputs import needs_hidden_states, pool, score
 from engine.sampler import sample
@@ -73,6 +75,7 @@ class ModelRunner:
         self._page_size = page_size
         self._decode = decode
         self._choose = choice_for(model.device)
+        self._tables = PageTables()
         self._input_shape = input_shape(model, page_size)
         self.last_timing: StepTiming | None = None
 
@@ -81,10 +84,13 @@ class ModelRunner:
         began_s = time.perf_counter()
         results: list[Result | None] = [None] * len(plan.rows)
         good: list[int] = []
+        tables: list[PageArray] = []
         for at, row in enumerate(plan.rows):
-            problem = self._row_error(row)
+            table = self._tables.of(row.sequence)
+            problem = self._row_error(row, table)
             if problem is None:
                 good.append(at)
+                tables.append(table)
             else:
                 results[at] = Failed(problem)
         if not good:
@@ -97,7 +103,7 @@ class ModelRunner:
         logits = None if self._decode is None else self._decode.forward(rows)
         built_s = time.perf_counter()
         if logits is None:
-            inputs = build_inputs(rows, self._input_shape, self._model.transformer.backend.plan_attention)
+            inputs = build_inputs(rows, self._input_shape, self._model.transformer.backend.plan_attention, tables)
             built_s = time.perf_counter()
             if any(needs_hidden_states(row) for row in rows):
                 logits = self._forward_with_prompts(plan, good, inputs, results, scored)
@@ -161,9 +167,10 @@ class ModelRunner:
         inputs = build_inputs(plan.rows, self._input_shape, transformer.backend.plan_attention)
         return transformer.hidden_states(inputs, self._pool)
 
-    def _row_error(self, row: Row) -> str | None:
+    def _row_error(self, row: Row, table: PageArray) -> str | None:
         return row_error(
             row,
+            table,
             vocab_size=self._model.config.vocab_size,
             page_size=self._page_size,
             num_pages=self._pool.shape[0],

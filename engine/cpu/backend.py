@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from engine.attention import attend
+from engine.attention_inputs import AttentionInputs, DecodeRows
 from engine.cpu.prefill_attention import ChunkAttention
 from engine.cpu.shared_cores import SharedCores
 from engine.errors import NoKernels
-from engine.inputs import AttentionInputs, DecodeRows
 from engine.packed_backend import PackedBackend
 from fleet.logs import get_logger
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.inputs import Chunk
+from engine.attention_inputs import Chunk
 
 _SCORES = 2**21
 """Numbers that a run's scores may have: 4 MiB of bfloat16."""

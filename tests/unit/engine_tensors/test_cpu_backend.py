@@ -11,8 +11,9 @@ from support.checkpoints import make_checkpoint
 from support.engine_driver import GREEDY, Driver, make_sequence
 
 from engine.attention import attend
+from engine.attention_inputs import AttentionInputs, InputShape, gather_plan
 from engine.cpu.backend import CpuBackend
-from engine.inputs import AttentionInputs, InputShape, StepInputs, build_inputs, gather_plan
+from engine.inputs import StepInputs, build_inputs
 from engine.plan import Row
 
 HKV, PAGE_SIZE = 4, 8

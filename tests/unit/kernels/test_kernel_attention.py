@@ -12,7 +12,8 @@ from kernel_kit import assert_close, poisoned_pool
 from support.engine_driver import make_sequence
 
 from engine.attention import attend
-from engine.inputs import InputShape, build_inputs, gather_plan
+from engine.attention_inputs import InputShape, gather_plan
+from engine.inputs import build_inputs
 from engine.kernels.decode_plan import DecodePlan, plan_decode
 from engine.kernels.paged_decode_attention import paged_decode_attention, paged_decode_attention_twin
 from engine.kernels.paged_prefill_attention import (
