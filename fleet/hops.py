@@ -11,6 +11,7 @@ from fleet.types import Role
 
 MAX_HOPS = 32
 """A request that moves more often keeps its latest ones."""
+UNEXPLAINED = "handed_off"
 
 
 class Hop(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,17 +47,21 @@ class HopLog:
         self._announced = None
         self._append(Hop(worker=worker, role=Role.PREFILL, epoch=epoch, reason=reason, at_s=time.time()))
 
-    def announce(self, taker: str, *, transport: str, reason: str) -> None:
-        """A giver says to whom it hands the request, how its pages go, and why."""
-        last = self._hops[-1] if self._hops else None
-        if last is not None and last.worker == taker and last.role is Role.DECODE:
-            self._hops[-1] = msgspec.structs.replace(last, transport=transport, reason=reason)
-        else:
-            self._announced = (taker, transport, reason)
+    def announce(self, taker: str, *, transport: str, reason: str) -> bool:
+        """A giver says to whom it hands the request, how its pages go, and why. True if the taker was heard before."""
+        for at in reversed(range(len(self._hops))):
+            hop = self._hops[at]
+            if hop.role is Role.PREFILL:
+                break
+            if hop.worker == taker and (hop.reason == UNEXPLAINED or hop is self._hops[-1]):
+                self._hops[at] = msgspec.structs.replace(hop, transport=transport, reason=reason)
+                return hop.reason == UNEXPLAINED
+        self._announced = (taker, transport, reason)
+        return False
 
     def adopt(self, worker: str, *, epoch: int) -> None:
         """A decode worker has taken the request."""
-        transport, reason = None, "handed_off"
+        transport, reason = None, UNEXPLAINED
         if self._announced is not None and self._announced[0] == worker:
             _, transport, reason = self._announced
         self._announced = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from fleet.messages import MoveReason
+
 LATENCY_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 INTERVAL_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
@@ -52,3 +54,8 @@ class GatewayMetrics:
         self.e2e_seconds = Histogram(
             "baton_e2e_seconds", "Admission to end", model, buckets=LATENCY_S, registry=registry
         )
+
+    def count_move(self, reason: MoveReason | None) -> None:
+        """A decode worker has taken a request, for this reason if it is known; a prefill worker's is no move."""
+        if reason not in (None, MoveReason.PREFILLED):
+            self.migrations.labels(reason).inc()

@@ -192,8 +192,11 @@ class RequestTable:
                     self._metrics.stale_messages.inc()
 
     def _accept_handing_off(self, live: LiveRequest, event: HandingOff, worker: PeerRef) -> None:
-        live.hops.announce(event.taker.name, transport=event.transport, reason=event.reason.value)
+        explains = live.hops.announce(event.taker.name, transport=event.transport, reason=event.reason.value)
         if not live.accept_handing_off(event, worker):
+            if explains:  # the taker's word has overtaken this one, and did not say why it took over
+                self._metrics.count_move(event.reason)
+                self._note_state(live, RequestState.DECODING, transport=event.transport)
             return
         self._holders.follow(live)
         taker = self._directory.get(event.taker)
@@ -207,9 +210,8 @@ class RequestTable:
         self._holders.follow(live)
         self._dispatcher.rebook(live, self._directory.get(worker))
         live.hops.adopt(worker.name, epoch=live.epoch)
-        if live.moving_for is not None:
-            self._metrics.migrations.labels(live.moving_for.value).inc()
-            live.moving_for = None
+        self._metrics.count_move(live.moving_for)
+        live.moving_for = None
         self._note_state(live, RequestState.DECODING, decode_worker=worker.name)
 
     def _accept_tokens(self, live: LiveRequest, chunk: TokenChunk, worker: PeerRef) -> None:

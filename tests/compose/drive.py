@@ -178,6 +178,30 @@ def check_requests(client: OpenAI) -> None:
     require(all(text == plain for text in texts), f"{NUM_STREAMS} streams at once brought the same text")
 
 
+def check_image(client: OpenAI, base: str) -> None:
+    """What lies in the image beside the source: the chat page, and the library that holds outputs to a schema."""
+    with urllib.request.urlopen(f"{base}/", timeout=10) as answer:  # noqa: S310 - our own gateway
+        page = answer.read().decode()
+    require("<html" in page and "Baton" in page, f"the chat page is served, {len(page)} characters")
+    properties = {"sunny": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": ["sunny"], "additionalProperties": False}
+    text = (
+        client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "Is it sunny?"}],
+            max_tokens=100,
+            temperature=0,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "weather", "schema": schema, "strict": True},
+            },
+        )
+        .choices[0]
+        .message.content
+    )
+    require(isinstance(json.loads(text or "null")["sunny"], bool), f"an answer keeps to its schema: {text}")
+
+
 def decoding_container(compose: Compose, request_id: str) -> str:
     """Id of the container that decodes this request now, as Redis tells it; workers are named after containers."""
     state, worker = compose.redis("hmget", f"baton:request:{request_id}", "state", "decode_worker")
@@ -232,6 +256,7 @@ def run(*, build: bool) -> None:
         )
         with OpenAI(base_url=f"{base}/v1", api_key="none", timeout=STREAM_TIMEOUT_S, max_retries=0) as client:
             check_requests(client)
+            check_image(client, base)
             check_kill(compose, client, base)
             compose("up", "-d", "--no-build", *scale)
             wait_for("a new decode worker has joined", lambda: workers(base)[1] == NUM_DECODE, READY_TIMEOUT_S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 from support.fleet import DEMO, Fleet
@@ -17,15 +17,31 @@ def module_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
         yield server
 
 
-@pytest.fixture(scope="module")
-def demo_fleet(module_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+@contextmanager
+def _demo_fleet(paths: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two prefill and two decode workers with the demo model in float32, so that answers are exactly repeatable."""
-    directory: Path = tmp_path_factory.mktemp("fleet")
     worker = {"model": str(DEMO), "served_model_name": "demo,baton-demo", "dtype": "float32"}
-    with Fleet(module_redis, directory, settings={"lease_s": "2"}) as fleet:
+    with (
+        RedisServer(paths.mktemp("redis")) as redis,
+        Fleet(redis, paths.mktemp("fleet"), settings={"lease_s": "2"}) as fleet,
+    ):
         for number in (1, 2):
             fleet.start("prefill_svc", f"prefill-{number}", max_step_tokens=64, **worker)
             fleet.start("decode_svc", f"decode-{number}", **worker)
         fleet.gateway()
         fleet.wait_ready(prefill=2, decode=2)
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def demo_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """For tests that leave the fleet as it was; they share it."""
+    with _demo_fleet(tmp_path_factory) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def own_demo_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """The same, for a module that stops some of it."""
+    with _demo_fleet(tmp_path_factory) as fleet:
         yield fleet

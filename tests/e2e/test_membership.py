@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
-import httpx
 import openai
 import pytest
 from support.fleet import DEMO, Fleet, until
@@ -120,7 +118,10 @@ async def test_a_frozen_worker_costs_a_pause_and_wakes_up_clean(fleet: Fleet) ->
                 await chunks.acquire()
             frozen = fleet.services[victim].process
             frozen.send_signal(signal.SIGSTOP)
-        assert [task.result() for task in running] == undisturbed
+            stale = fleet.metric("baton_worker_stale_messages_total")
+            # Some of these are offered to the frozen one, which says yes when it wakes up.
+            running += [tasks.create_task(ask(client, number, 200)) for number in range(4)]
+        assert [task.result() for task in running] == 2 * undisturbed
         frozen.send_signal(signal.SIGCONT)
         await asyncio.to_thread(fleet.wait_ready, decode=2)
         await asyncio.to_thread(
@@ -129,39 +130,10 @@ async def test_a_frozen_worker_costs_a_pause_and_wakes_up_clean(fleet: Fleet) ->
             within_s=5,
             what="the woken worker has freed its pages",
         )
+        await asyncio.to_thread(
+            until,
+            lambda: fleet.metric("baton_worker_stale_messages_total") > stale,
+            within_s=5,
+            what="what the woken worker still had to say is counted",
+        )
         assert [await ask(client, number, 200) for number in range(4)] == undisturbed
-
-
-async def test_a_killed_gateways_requests_are_freed(fleet: Fleet) -> None:
-    first = fleet.url
-    url = fleet.gateway("g2")
-    fleet.wait_ready()
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=60)
-    stream = await client.completions.create(
-        model="demo", prompt="Once", max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
-    )
-    await anext(aiter(stream))
-    fleet.url = first
-    await asyncio.to_thread(
-        until, lambda: fleet.metric("baton_worker_pages", state="used") > 0, within_s=5, what="pages are used"
-    )
-    fleet.forget("g2").kill()
-    with suppress(openai.APIError, httpx.HTTPError):
-        await stream.close()
-    await client.close()
-    await asyncio.to_thread(
-        until, lambda: fleet.metric("baton_worker_pages", state="used") == 0, within_s=5, what="pages are back"
-    )
-
-
-async def test_redis_may_go_away_for_a_while(fleet: Fleet) -> None:
-    async with client_of(fleet) as client:
-        expected = await ask(client, 1)
-        running = asyncio.create_task(ask(client, 1))
-        fleet.redis.stop()
-        assert await running == expected
-        await asyncio.sleep(0.5)
-        assert await ask(client, 1) == expected
-        fleet.redis.start()
-        await asyncio.sleep(2)
-        assert await ask(client, 1) == expected

@@ -100,8 +100,8 @@ def idle_pages(fleet: Fleet) -> bool:
     )
 
 
-async def test_sixty_four_at_once_equal_one_at_a_time(demo_fleet: Fleet) -> None:
-    fleet = demo_fleet
+async def test_sixty_four_at_once_equal_one_at_a_time(own_demo_fleet: Fleet) -> None:
+    fleet = own_demo_fleet
     asks = mix(64)
     async with openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="x", max_retries=0, timeout=90) as client:
         alone = [await answer(client, ask) for ask in asks if ask.cancel_after is None]
@@ -124,9 +124,9 @@ async def test_sixty_four_at_once_equal_one_at_a_time(demo_fleet: Fleet) -> None
     assert fleet.metric("baton_worker_prefix_hit_tokens") > 0
 
 
-def test_redis_shows_every_request_ended(demo_fleet: Fleet) -> None:
-    client = redis.Redis.from_url(demo_fleet.redis.url)
-    demo_fleet.client().completions.create(model="demo", prompt="TTFT is", max_tokens=4)
+def test_redis_shows_every_request_ended(own_demo_fleet: Fleet) -> None:
+    client = redis.Redis.from_url(own_demo_fleet.redis.url)
+    own_demo_fleet.client().completions.create(model="demo", prompt="TTFT is", max_tokens=4)
 
     def states() -> list[bytes] | None:
         found = [client.hget(key, "state") for key in client.scan_iter("test:request:*")]
@@ -137,18 +137,18 @@ def test_redis_shows_every_request_ended(demo_fleet: Fleet) -> None:
     client.close()
 
 
-def test_leaving_frees_pages_on_both_workers_within_a_step(demo_fleet: Fleet) -> None:
+def test_leaving_frees_pages_on_both_workers_within_a_step(own_demo_fleet: Fleet) -> None:
     body = {"model": "demo", "prompt": "Once upon a time " * 20, "max_tokens": 3000, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", f"{demo_fleet.url}/v1/completions", json=body, timeout=30) as answer:
+    with httpx.stream("POST", f"{own_demo_fleet.url}/v1/completions", json=body, timeout=30) as answer:
         lines = answer.iter_lines()
         for _ in range(6):
             next(lines)
-        until(lambda: not idle_pages(demo_fleet), within_s=5, what="pages in use are reported")
-    until(lambda: idle_pages(demo_fleet), within_s=3, what="pages are back")
+        until(lambda: not idle_pages(own_demo_fleet), within_s=5, what="pages in use are reported")
+    until(lambda: idle_pages(own_demo_fleet), within_s=3, what="pages are back")
 
 
-def test_transport_and_hand_off_times_are_metrics(demo_fleet: Fleet) -> None:
-    text = httpx.get(f"{demo_fleet.url}/metrics").text
+def test_transport_and_hand_off_times_are_metrics(own_demo_fleet: Fleet) -> None:
+    text = httpx.get(f"{own_demo_fleet.url}/metrics").text
     for name in (
         "baton_ttft_seconds_bucket",
         "baton_itl_seconds_bucket",
@@ -161,8 +161,8 @@ def test_transport_and_hand_off_times_are_metrics(demo_fleet: Fleet) -> None:
         assert f"\n{name}" in text, name
 
 
-def test_every_service_leaves_in_order_and_nothing_stays(demo_fleet: Fleet) -> None:
-    fleet = demo_fleet
+def test_every_service_leaves_in_order_and_nothing_stays(own_demo_fleet: Fleet) -> None:
+    fleet = own_demo_fleet
     assert fleet.shared_memory()
     codes = {}
     for service in fleet.services.values():

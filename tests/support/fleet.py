@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -77,8 +77,8 @@ class Fleet:
     services: dict[str, Service] = field(default_factory=dict)
     url: str = ""
 
-    def start(self, module: str, name: str, **settings: object) -> Service:
-        """Start `python -m module` under this name; settings as keyword arguments."""
+    def start(self, module: str, name: str, *, prefix: Sequence[str] = (), **settings: object) -> Service:
+        """Start `python -m module` under this name, behind a command that starts others; settings as keywords."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
         given = {"name": name, "redis_url": self.redis.url, "namespace": self.namespace, "threads": 1}
         if module == "gateway":
@@ -89,7 +89,7 @@ class Fleet:
         log = self.directory / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [*prefix, sys.executable, "-m", module],
                 env=environment,
                 cwd=self.directory,
                 stdout=output,

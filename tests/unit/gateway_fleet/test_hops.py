@@ -83,3 +83,23 @@ def test_a_restless_request_keeps_its_latest_hops() -> None:
     log.adopt("gone", epoch=1)
     assert brief(decode_hops(log.encoded().encode()))[-1] == ("gone", "decode", 1, "handed_off", None)
     assert decode_hops(b"{") == []
+
+
+def test_a_late_word_explains_the_hop_that_it_is_about() -> None:
+    log = HopLog()
+    log.send("p", epoch=0, reason="admitted")
+    log.announce("d", transport="shm", reason="prefilled")
+    for worker in ("d", "e"):
+        log.adopt(worker, epoch=0)
+    log.announce("f", transport="shm", reason="drain")
+    log.adopt("f", epoch=0)
+    assert log.announce("e", transport="tcp", reason="reclaim")
+    assert not log.announce("e", transport="shm", reason="drain"), "f moves it back"
+    log.adopt("e", epoch=0)
+    assert [(hop.worker, hop.reason, hop.transport) for hop in decode_hops(log.encoded().encode())] == [
+        ("p", "admitted", None),
+        ("d", "prefilled", "shm"),
+        ("e", "reclaim", "tcp"),
+        ("f", "drain", "shm"),
+        ("e", "drain", "shm"),
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from support.request_fleet import Fleet, handing, tokens
 
+from fleet.hops import decode_hops
 from fleet.messages import Cancel, HandedOff, MoveReason, Returned
 from fleet.types import FinishReason, PeerRef, RequestState, Role
 from gateway.live import LiveRequest, Stage
@@ -75,9 +76,14 @@ def test_the_taker_may_be_heard_before_the_giver(moving: Moving) -> None:
     moving.say(moving.d2, handed(3), tokens(3, 13))
     assert moving.live.output == [10, 11]
     moving.say(moving.d1, tokens(2, 12))
+    assert moving.num_moves == 0
+    moving.leaves(moving.d1, moving.d2)
     moving.leaves(moving.d1, moving.d2)
     assert moving.where == (Stage.DECODING, ["d2"])
     assert moving.live.output == [10, 11, 12, 13]
+    assert moving.num_moves == 1
+    [*_, hop] = decode_hops(str(moving.fleet.states[-1].fields["hops"]).encode())
+    assert (hop.worker, hop.reason, hop.transport) == ("d2", "drain", "shm")
 
 
 def test_late_words_of_the_first_hand_off_change_nothing(moving: Moving) -> None:
