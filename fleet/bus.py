@@ -193,6 +193,8 @@ class Bus(AbstractAsyncContextManager["Bus"]):
     def send(self, address: str, message: Message, payload: Sequence[Frame] = ()) -> bool:
         """Queue a message for a peer; False when its queue is full and the message was dropped.
 
+        Payload is copied: when this returns, its memory may be written anew.
+
         Raises:
             BusClosed: after `close()`.
         """

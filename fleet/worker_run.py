@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,10 @@ from fleet.worker_link import WorkerLink
 FAREWELL_S = 0.3
 """Between goodbye and the end of the process. Gateways see a broken connection at once, but goodbyes and the words of
 those who took over wait their turn in an inbox; who is seen gone before it is heard to leave counts as dead."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long the step's thread may keep the interpreter while the event loop wants it (Python's own is 5 ms, more than a
+small model's step). A hand-off passes the loop several times while its sequence stands still."""
 
 _log = get_logger("service")
 
@@ -83,6 +88,7 @@ async def run_worker(
 
         parts = [*parts, serve_admin(settings, conduct.record, departure)]
 
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in (listen(), bus.watch_peers(), *parts)]
         introduction, leaving = group.create_task(link.announce()), group.create_task(departure.wait())

@@ -31,9 +31,10 @@ from kvtransfer.region import PoolRegion
 from kvtransfer.stats import TransferStats
 from kvtransfer.transport import DirectTransport
 
-INLINE_BYTES = 256 * 1024
-"""Carried pages up to so many bytes are copied where they arrive: handing them to a thread and back takes longer, and
-a standing sequence waits for it."""
+INLINE_BYTES = 2 * 1024 * 1024
+"""Pages up to so many bytes are copied at once, on the event loop's thread: handing them to another and back takes
+longer, the more so while a step computes, and a standing sequence waits for it. Less than `HandOffLimits.write_bytes`,
+so that only the end of a long hand-off is."""
 _SHORTEST_SLEEP_S = 0.001
 
 
@@ -81,13 +82,15 @@ class Courier:
             case Send():
                 self._send(action)
             case Write():
-                self._writes.put_nowait(action)
-            case Store() if self._may_copy_here(action):
-                began_s = self._clock()
-                self._store_all(action)
-                self._stored(action, began_s)
+                if self._may_copy_here(action):
+                    self._written(action, *self._write(action))
+                else:
+                    self._writes.put_nowait(action)
             case Store():
-                self._stores.put_nowait(action)
+                if self._may_copy_here(action):
+                    self._stored(action, self._store(action))
+                else:
+                    self._stores.put_nowait(action)
             case _:
                 self._tell(action)
 
@@ -160,41 +163,50 @@ class Courier:
         loop = asyncio.get_running_loop()
         while True:
             write = await self._writes.get()
-            transport = self._config.transports[write.grant.transport]
-            assert isinstance(transport, DirectTransport), "carried pages are sent"  # noqa: S101  # our own invariant
-            began_s = self._clock()
-            error: TransferError | None = None
-            try:
-                await loop.run_in_executor(threads, transport.write, write.grant, write.first, write.page_ids)
-            except TransferError as caught:
-                error = caught
-                self.stats.broken_writes[type(caught).__name__] += 1
-            else:
-                count = self.stats.given[transport.name]
-                count.pages += len(write.page_ids)
-                count.bytes += len(write.page_ids) * self._config.region.ref.page_bytes
-                count.copy_s += self._clock() - began_s
-            self.execute(self._desk.giver.on_written(write.ticket, error, self._clock()))
+            error, copy_s = await loop.run_in_executor(threads, self._write, write)
+            self._written(write, error, copy_s)
+
+    def _write(self, write: Write) -> tuple[TransferError | None, float]:
+        """Copy, on whichever thread; what went wrong, and how long it took in seconds."""
+        transport = self._config.transports[write.grant.transport]
+        assert isinstance(transport, DirectTransport), "carried pages are sent"  # noqa: S101  # our own invariant
+        began_s = self._clock()
+        try:
+            transport.write(write.grant, write.first, write.page_ids)
+        except TransferError as error:
+            return error, 0.0
+        return None, self._clock() - began_s
+
+    def _written(self, write: Write, error: TransferError | None, copy_s: float) -> None:
+        if error is not None:
+            self.stats.broken_writes[type(error).__name__] += 1
+        else:
+            count = self.stats.given[write.grant.transport]
+            count.pages += len(write.page_ids)
+            count.bytes += len(write.page_ids) * self._config.region.ref.page_bytes
+            count.copy_s += copy_s
+        self.execute(self._desk.giver.on_written(write.ticket, error, self._clock()))
 
     async def _store_forever(self, threads: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while True:
             store = await self._stores.get()
-            began_s = self._clock()
-            await loop.run_in_executor(threads, self._store_all, store)
-            self._stored(store, began_s)
+            self._stored(store, await loop.run_in_executor(threads, self._store, store))
 
-    def _may_copy_here(self, store: Store) -> bool:
+    def _may_copy_here(self, copy: Write | Store) -> bool:
         in_host_memory = isinstance(self._config.region, PoolRegion)
-        return in_host_memory and sum(frame.nbytes for frame in store.frames) <= INLINE_BYTES
+        return in_host_memory and len(copy.page_ids) * self._config.region.ref.page_bytes <= INLINE_BYTES
 
-    def _stored(self, store: Store, began_s: float) -> None:
+    def _store(self, store: Store) -> float:
+        """Copy, on whichever thread; returns how long it took in seconds."""
+        began_s = self._clock()
+        for page_id, frame in zip(store.page_ids, store.frames, strict=True):
+            self._config.region.store(page_id, frame)
+        return self._clock() - began_s
+
+    def _stored(self, store: Store, copy_s: float) -> None:
         count = self.stats.taken[store.transport]
         count.pages += len(store.page_ids)
         count.bytes += len(store.page_ids) * self._config.region.ref.page_bytes
-        count.copy_s += self._clock() - began_s
+        count.copy_s += copy_s
         self.execute(self._desk.taker.on_stored(store.ticket, self._clock()))
-
-    def _store_all(self, store: Store) -> None:
-        for page_id, frame in zip(store.page_ids, store.frames, strict=True):
-            self._config.region.store(page_id, frame)

@@ -3,7 +3,7 @@
                     every target full
               +---------------------------+
               v        (pause)            |
-    start -> WAITING ------------------> OFFERED --Grant--> WRITING --all pages there--> COMMITTED --Ack--> given
+    start -> WAITING ------------------> OFFERED --Grant--> WRITING --pages moved-----> COMMITTED --Ack--> given
               ^                           |  ^ Refuse: next   |                            |
               |                           |  | target         | Abort, peer lost,          | Refuse, Abort, peer lost:
               |                           v  |                | write failed               | failed (UNCERTAIN)
@@ -13,7 +13,9 @@
 
 Whatever happens, every `start` ends with one `Given` or `HandOffFailed` and one `ReleasePages`, never before the last
 write has returned. A refusal is liveness, not failure: full targets are asked again as long as the request lives.
-Only full pages move while the sequence still computes; the last partial one goes at `commit`.
+Only full pages move while the sequence still computes; the last partial one goes at `commit`. A Commit follows its last
+pages at once: written ones lie at the taker, carried ones come in order before it, and a taker that misses some waits
+until both are sent again.
 """
 
 from __future__ import annotations
@@ -200,16 +202,19 @@ class Giver:
         if outgoing is None or attempt is None or attempt.grant is None:
             self._config.stale[StaleReason.GRANT] += 1
             return self._book.flush()
-        if outgoing.state is not GiverState.WRITING or attempt.direct:
+        committed = outgoing.state is GiverState.COMMITTED
+        if attempt.direct or not (committed or outgoing.state is GiverState.WRITING):
             return self._book.flush()
         arrived = attempt.grant.num_held_pages + taken.count
         if attempt.num_done < arrived <= attempt.num_granted:
             attempt.num_done = arrived
             attempt.num_handed = max(attempt.num_handed, arrived)
-            attempt.said_at_s = now_s
+            attempt.said_at_s = attempt.said_at_s if committed else now_s
+        elif committed:
+            return self._book.flush()  # `repeat` sends them again
         elif attempt.num_handed > attempt.num_done and now_s - attempt.said_at_s >= self._limits.liveness_s:
             attempt.num_handed = attempt.num_done
-        self._book.pump(outgoing, now_s)
+        self._book.send_carried(now_s)
         return self._book.flush()
 
     def on_ack(self, ack: Ack, now_s: float) -> list[Action]:
@@ -224,11 +229,12 @@ class Giver:
                 *outgoing.key,
                 taker=grant.taker,
                 transport=grant.transport,
-                num_moved_pages=attempt.num_done - grant.num_held_pages,
+                num_moved_pages=attempt.num_handed - grant.num_held_pages,
                 num_held_pages=grant.num_held_pages,
                 hand_off_s=now_s - attempt.granted_at_s,
             )
             self._book.given(outgoing, news)
+            self._book.send_carried(now_s)
         return self._book.flush()
 
     def on_abort(self, abort: Abort, now_s: float) -> list[Action]:
@@ -298,6 +304,7 @@ class Giver:
                 self._book.next_target(outgoing, now_s)
             elif attempt is not None and now_s - attempt.said_at_s >= self._limits.beat_s:
                 self._book.repeat(outgoing, attempt, now_s)
+        self._book.send_carried(now_s)  # an end may have left room in the window
         return self._book.flush()
 
     @property

@@ -26,6 +26,7 @@ class Incoming:
         closed: given up; it stays here only until no write can be in flight.
         num_received: carried pages that came, in order; `Grant.page_ids` index of the next one.
         storing: first page of each store in flight, by ticket.
+        commit: came while pages before it were being stored, or had been lost; None before.
         misses: Alives in a row that did not list this grant.
         said_at_s: when Abort was last sent.
     """
@@ -37,6 +38,7 @@ class Incoming:
     closed: str | None = None
     num_received: int = 0
     storing: dict[int, int] = field(default_factory=dict)
+    commit: Commit | None = None
     misses: int = 0
     said_at_s: float = 0.0
 
@@ -56,16 +58,19 @@ class Incoming:
         return ProcessIdentity(self.offer.pid, self.offer.start_ticks)
 
     def problem_with(self, commit: Commit, page_size: int) -> str | None:
-        """Why a Commit of this grant cannot be adopted; None if it can."""
+        """Why a Commit of this grant can never be adopted; None if it can, now or once its pages are here."""
         num_pages = -(-commit.num_computed_tokens // page_size)
-        num_here = self.grant.num_held_pages + (len(self.grant.page_ids) if self.direct else self.num_stored)
+        num_granted = self.grant.num_held_pages + len(self.grant.page_ids)
         if (commit.passport.request_id, commit.passport.epoch) != self.key:
             return "the Commit is of another request than its grant"
-        if num_pages > num_here or commit.num_computed_tokens > len(commit.passport.token_ids):
-            return f"{commit.num_computed_tokens} tokens computed, but {num_here} pages are here"
-        if self.storing:
-            return "the Commit came before its pages"
+        if num_pages > num_granted or commit.num_computed_tokens > len(commit.passport.token_ids):
+            return f"{commit.num_computed_tokens} tokens computed, but {num_granted} pages were granted"
         return None
+
+    def has_pages_of(self, commit: Commit, page_size: int) -> bool:
+        """Whether all that was computed lies in the pool. A direct giver has written it before it commits."""
+        num_here = self.grant.num_held_pages + self.num_stored
+        return self.direct or (not self.storing and num_here * page_size >= commit.num_computed_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,3 +110,10 @@ class Outgoing:
         if self.num_computed_tokens is not None:
             ready = min(ready, -(-self.num_computed_tokens // page_size))
         return max(attempt.grant.num_held_pages, min(ready, attempt.num_granted))
+
+    def may_commit(self, page_size: int) -> bool:
+        """Whether the sequence stands still and its pages are written, or sent on the way that the Commit takes."""
+        attempt = self.attempt
+        if attempt is None or self.num_computed_tokens is None:
+            return False
+        return (attempt.num_done if attempt.direct else attempt.num_handed) >= self.num_movable(page_size)

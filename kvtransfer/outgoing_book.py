@@ -154,10 +154,10 @@ class OutgoingBook:
         if outgoing.state is not GiverState.WRITING or attempt is None or attempt.grant is None:
             return
         movable = outgoing.num_movable(self._page_size)
-        if outgoing.num_computed_tokens is not None and attempt.num_done >= movable:
+        if outgoing.may_commit(self._page_size):
             self._commit(outgoing, attempt, attempt.grant, now_s)
         elif not attempt.direct:
-            self._send_carried(now_s)
+            self.send_carried(now_s)
         elif attempt.ticket is None and attempt.num_handed < movable:
             first, end = attempt.num_handed, min(movable, attempt.num_handed + self._pages_per_message)
             attempt.ticket = next(self._tickets)
@@ -165,23 +165,30 @@ class OutgoingBook:
             held = attempt.grant.num_held_pages
             self.emit(Write(attempt.ticket, attempt.grant, first - held, outgoing.page_ids[first:end]))
 
-    def _send_carried(self, now_s: float) -> None:
-        """Fill the window with pages of all carried hand-offs, whoever sent longest ago first."""
+    def send_carried(self, now_s: float) -> None:
+        """Fill the window with pages of all carried hand-offs: who stands still first, then who sent longest ago.
+
+        A Commit goes out right behind its last pages: order holds on the way, so that the taker has them by then.
+        """
         while True:
             carried = [
-                (attempt.turn, outgoing.key, outgoing, attempt)
+                (outgoing.num_computed_tokens is None, attempt.turn, outgoing.key, outgoing, attempt)
                 for outgoing in self.open.values()
-                if (attempt := outgoing.attempt) is not None
-                and outgoing.state is GiverState.WRITING
-                and not attempt.direct
+                if (attempt := outgoing.attempt) is not None and attempt.grant is not None and not attempt.direct
             ]
-            room = self._window_pages - sum(attempt.num_handed - attempt.num_done for *_, attempt in carried)
-            unsent = [entry for entry in carried if entry[3].num_handed < entry[2].num_movable(self._page_size)]
+            room = self._window_pages - sum(entry[-1].num_handed - entry[-1].num_done for entry in carried)
+            unsent = [
+                entry
+                for entry in carried
+                if entry[3].state is GiverState.WRITING and entry[4].num_handed < entry[3].num_movable(self._page_size)
+            ]
             if room < 1 or not unsent:
                 return
-            _, _, outgoing, attempt = min(unsent)
+            *_, outgoing, attempt = min(unsent)
             movable = outgoing.num_movable(self._page_size)
             self._send_pages(outgoing, attempt, min(movable, attempt.num_handed + room), now_s)
+            if attempt.grant is not None and outgoing.may_commit(self._page_size):
+                self._commit(outgoing, attempt, attempt.grant, now_s)
 
     def _send_pages(self, outgoing: Outgoing, attempt: Attempt, end: int, now_s: float) -> None:
         assert attempt.grant is not None, "pages need a grant"  # noqa: S101  # our own invariant
@@ -216,10 +223,13 @@ class OutgoingBook:
         self.send(grant.taker, attempt.commit)
 
     def repeat(self, outgoing: Outgoing, attempt: Attempt, now_s: float) -> None:
-        """Send an unanswered Offer or Commit again."""
+        """Send an unanswered Offer or Commit again, the latter behind those carried pages that may be lost."""
         if outgoing.state is GiverState.OFFERED:
             self.send(attempt.target.peer, attempt.offer)
         elif outgoing.state is GiverState.COMMITTED and attempt.commit is not None:
+            end, attempt.num_handed = attempt.num_handed, attempt.num_done
+            while attempt.num_handed < end:
+                self._send_pages(outgoing, attempt, end, now_s)
             self.send(attempt.target.peer, attempt.commit)
         else:
             return

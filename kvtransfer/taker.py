@@ -175,10 +175,10 @@ class Taker:
         incoming = self._book.of_ticket(ticket)
         assert incoming is not None, "a store outlived its grant"  # noqa: S101  # our own invariant
         del incoming.storing[ticket]
-        if incoming.closed is None:
-            self._say_taken(incoming)
-        else:
+        if incoming.closed is not None:
             self._book.writer_done(incoming, now_s)
+        elif incoming.commit is None or not self._adopt_whole(incoming, incoming.commit, now_s):
+            self._say_taken(incoming)
         return self._book.flush()
 
     def _say_taken(self, incoming: Incoming) -> None:
@@ -202,8 +202,8 @@ class Taker:
             if problem := incoming.problem_with(commit, self._config.fingerprint.page_size):
                 self._book.close(incoming, problem, writer_done=True, now_s=now_s)
                 self._book.send(commit.giver, self._admission.refuse(commit, RefuseReason.STALE, problem))
-            else:
-                self._adopt(incoming, commit, now_s)
+            elif not self._adopt_whole(incoming, commit, now_s):
+                incoming.commit = commit
         else:
             if incoming is not None and incoming.offer.giver == commit.giver:
                 self._book.writer_done(incoming, now_s)
@@ -213,11 +213,15 @@ class Taker:
             self._book.send(commit.giver, self._admission.refuse(commit, reason, "there is no such grant"))
         return self._book.flush()
 
-    def _adopt(self, incoming: Incoming, commit: Commit, now_s: float) -> None:
+    def _adopt_whole(self, incoming: Incoming, commit: Commit, now_s: float) -> bool:
+        """Adopt and acknowledge, if all pages are here; else the giver sends again what was lost."""
+        if not incoming.has_pages_of(commit, self._config.fingerprint.page_size):
+            return False
         self._book.adopt(incoming, now_s)
         self._config.bank.adopt(incoming.reservation, commit.passport, commit.num_computed_tokens)
         self._book.send(commit.giver, _ack(incoming.grant))
         self._book.emit(Adopted(commit.passport, commit.num_computed_tokens, commit.giver, incoming.grant.transport))
+        return True
 
     def on_abort(self, abort: Abort, now_s: float) -> list[Action]:
         """The giver is off, and says that no write is or will be in flight."""

@@ -1,7 +1,7 @@
 """Several processes' hand-off desks on a simulated network, clock and memory: the owner of every action is here.
 
 A page is eight bytes. Direct writes happen in two steps per page, the look at the generation word and the write, so
-that anything may come in between; frames read the giver's page on delivery, as a bus that does not copy would.
+that anything may come in between; frames are copied on sending, as the bus does.
 """
 
 from __future__ import annotations
@@ -110,12 +110,11 @@ class Job:
 
 @dataclass
 class InFlight:
-    """A message on the network; its frames are the sender's pages."""
+    """A message on the network; its frames are what the sender's pages held."""
 
     to: str
     message: HandOffMessage
-    sender: Process
-    page_ids: tuple[int, ...]
+    frames: list[bytes]
 
 
 class Process:
@@ -268,7 +267,7 @@ class World:
             del self.network[index]
         if process is None:
             return
-        frames = [memoryview(flight.sender.memory[page]) for page in flight.page_ids]
+        frames = [memoryview(frame) for frame in flight.frames]
         self._do(process, process.desk.on_message(flight.message, frames, self.now_s))
 
     def _at(self, address: str) -> Process | None:
@@ -332,7 +331,8 @@ class World:
     def _do(self, process: Process, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Send):
-                self.network.append(InFlight(action.to.address, action.message, process, action.page_ids))
+                frames = [process.memory[page] for page in action.page_ids]
+                self.network.append(InFlight(action.to.address, action.message, frames))
             elif isinstance(action, Write | Store):
                 self.jobs.append(Job(process, action))
             else:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from support.hand_off_world import LIMITS, PAGE_SIZE, World
 
-from fleet.hand_off_messages import Abort, Ack, Grant, Offer, Pages
+from fleet.hand_off_messages import Abort, Ack, Commit, Grant, Offer, Pages, PagesTaken
 from kvtransfer.actions import FailReason, Given, Granted, HandOffFailed, Send, Store
 from kvtransfer.numbering import first_number
 from kvtransfer.stats import StaleReason
@@ -158,3 +158,72 @@ def test_what_a_woken_peer_still_has_to_say_is_counted() -> None:
     assert giver.desk.on_message(ack, [], world.now_s) == []
     assert giver.desk.stale[StaleReason.GRANT] == 2
     assert taker.desk.stale == {}
+
+
+def test_a_commit_follows_its_last_pages_without_waiting_and_is_adopted_once_they_are_stored() -> None:
+    world = open_hand_off("tcp")
+    world.run()
+    world.ready("r", 0, 2)
+    world.run()
+    world.commit("r", 0, NUM_TOKENS)
+    assert [type(flight.message) for flight in world.network] == [Pages, Commit]
+    world.deliver()
+    world.deliver()
+    assert world.adoptions(("r", 0)) == 0, "the pages are being stored"
+    world.step_job()
+    world.step_job()
+    assert world.adoptions(("r", 0)) == 1
+    assert not any(isinstance(flight.message, PagesTaken) for flight in world.network), "the Ack says it"
+    world.run()
+    world.check_settled()
+
+
+def test_last_pages_lost_before_their_commit_are_sent_again_with_it() -> None:
+    world = open_hand_off("tcp")
+    world.run()
+    world.ready("r", 0, 2)
+    world.run()
+    world.commit("r", 0, NUM_TOKENS)
+    del world.network[sole_message(world, Pages)]
+    world.run()
+    assert world.adoptions(("r", 0)) == 0
+    world.run(for_s=2 * LIMITS.beat_s)
+    assert world.adoptions(("r", 0)) == 1
+    [given] = world.news_of(world.processes["giver-0"], Given)
+    assert given.num_moved_pages == 4
+    world.check_settled()
+
+
+def test_a_cancel_while_a_commit_waits_for_its_pages_frees_them() -> None:
+    world = open_hand_off("tcp")
+    world.run()
+    world.ready("r", 0, 2)
+    world.run()
+    world.commit("r", 0, NUM_TOKENS)
+    world.deliver()
+    world.deliver()
+    taker = world.processes["taker-0"]
+    world.cancel(taker, "r", 0)
+    world.run()
+    assert world.adoptions(("r", 0)) == 0
+    assert taker.bank.owners == {}
+    [failed] = world.news_of(world.processes["giver-0"], HandOffFailed)
+    assert failed.reason is FailReason.UNCERTAIN
+    world.check_settled()
+
+
+def test_pages_of_a_standing_sequence_go_before_those_of_one_that_computes() -> None:
+    world = open_hand_off("tcp")
+    giver, taker = world.processes["giver-0"], world.processes["taker-0"]
+    world.start(giver, "s", 0, NUM_TOKENS, [taker])
+    world.run()
+    world.ready("r", 0, 4)
+    world.commit("s", 0, NUM_TOKENS)
+    sent = []
+    while world.network or world.jobs:
+        if world.network and isinstance(world.network[0].message, Pages):
+            sent.append(world.network[0].message.request_id)
+        world.step()
+    assert sent[:2] == ["r", "r"], "they had filled the window"
+    assert (set(sent[2:-1]), sent[-1]) == ({"s"}, "r")
+    assert world.adoptions(("s", 0)) == 1
