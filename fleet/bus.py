@@ -317,7 +317,7 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         self._inbox.close(linger=0)
         if self._authenticator is not None:
             self._authenticator.stop()
-        self._context.term()
+        self._context.destroy(linger=0)  # and with it a socket that no connection came of, lest this waits for ever
 
     async def __aenter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Final
 
 import zmq
@@ -13,6 +14,9 @@ REFUSED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 """A handshake failed: the other end has no key, another one, or speaks something else."""
+_numbers = count()
+"""Of endpoints in this process. Nothing of the socket will do, not even its address in memory: libzmq lets go of an
+endpoint a moment after the socket's end, when the next socket may lie where the last one lay."""
 
 
 class SocketMonitor:
@@ -22,7 +26,7 @@ class SocketMonitor:
         self, context: zmq.asyncio.Context, sock: zmq.Socket[bytes] | zmq.asyncio.Socket, *, events: int
     ) -> None:
         self._watched = sock
-        endpoint = f"inproc://monitor-{id(sock)}"
+        endpoint = f"inproc://monitor-{next(_numbers)}"
         sock.monitor(endpoint, events)
         self._pair: zmq.Socket[bytes] = zmq.Socket(context, zmq.PAIR)
         self._pair.setsockopt(zmq.LINGER, 0)

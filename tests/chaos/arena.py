@@ -19,6 +19,7 @@ from chaos.wires import Cut, Wires
 LEASE_S = 1.5
 GRACE_S = 15
 SETTLE_S = 20.0
+KNOWN_S = 30.0
 NUM_EACH = 2
 
 
@@ -127,11 +128,42 @@ class Arena:
         """Cut its wires."""
         self.wires.cut(name, how)
 
-    def await_whole(self) -> None:
-        """Wait until every process started is ready, and both gateways see two workers of each kind."""
-        for name in list(self.fleet.services):
-            self._welcome(name)
-        until(self._all_known, within_s=30, what="every gateway knows every worker")
+    def await_whole(self) -> list[str]:
+        """Wait until every process started is ready, and both gateways see two workers of each kind.
+
+        Returns what kept somebody from that, in words; who it was is replaced.
+        """
+        problems = list[str]()
+        while True:
+            for name in list(self.fleet.services):
+                self._welcome(name)
+            lost = self._lost_ones()
+            if not lost:
+                return problems
+            for name in lost:
+                code = self.fleet.services[name].process.poll()
+                how = f"is not known everywhere after {KNOWN_S:g} s" if code is None else f"ended with {code}"
+                problems.append(f"{name} {how}")
+                self.remove(name, signal.SIGABRT)  # its log tells where it stood
+                self.add(name.partition("-")[0])
+
+    def _lost_ones(self) -> list[str]:
+        """Who has ended, at once; whom not every gateway knows, and gateways that do not answer, after `KNOWN_S`."""
+        deadline_s = time.monotonic() + KNOWN_S
+        while True:
+            if dead := [name for name, service in self.fleet.services.items() if service.process.poll() is not None]:
+                return dead
+            workers = set(self.names("prefill") + self.names("decode"))
+            unknown = set[str]()
+            for gateway, url in self.urls.items():
+                samples = scrape(url)
+                known = {sample.labels["worker"] for sample in samples if sample.name == "baton_worker_running"}
+                unknown |= workers - known if samples else {gateway}
+                if known - workers:
+                    unknown.add(gateway)
+            if not unknown or time.monotonic() > deadline_s:
+                return sorted(unknown)
+            time.sleep(0.02)
 
     def _welcome(self, name: str) -> None:
         if name not in self._ready:
@@ -145,15 +177,6 @@ class Arena:
             self.urls[name] = ready["url"]
         host, _, port = ready["address"].removeprefix("tcp://").rpartition(":")
         self.wires.lead(name, host, int(port))
-
-    def _all_known(self) -> bool:
-        for service in self.fleet.services.values():
-            self.fleet._require_alive(service)
-        workers = set(self.names("prefill") + self.names("decode"))
-        return all(
-            {s.labels["worker"] for s in samples if s.name == "baton_worker_running"} == workers
-            for samples in map(scrape, self.urls.values())
-        )
 
     # taking stock
 

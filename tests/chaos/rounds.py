@@ -123,7 +123,7 @@ class Rounds:
             if not fault.breaks_gateway:
                 outcome.replays = arena.total("baton_replays_total") - replays
                 outcome.migrations = arena.total("baton_migrations_total") - migrations
-            await asyncio.to_thread(arena.await_whole)
+            outcome.wrong += await asyncio.to_thread(arena.await_whole)
             clock.lap("mending")
             outcome.throughput = await self._recovered(client, normal)
             clock.lap("recovery")

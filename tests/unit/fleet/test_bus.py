@@ -45,6 +45,20 @@ async def test_messages_arrive_in_order_with_their_payload(secret: str) -> None:
     assert [bytes(d.payload[0]) for d in taken] == [b"page %d" % epoch for epoch in range(100)]
 
 
+async def test_a_peer_may_be_forgotten_and_spoken_to_again_at_once() -> None:
+    """A monitor's endpoint was named by its socket's place in memory, which the next socket found taken."""
+    async with Bus(BusConfig()) as a, Bus(BusConfig()) as b:
+        for epoch in range(50):
+            a.send(b.address, Cancel(request_id="r", epoch=epoch))
+            assert a.num_peers == 1
+            a.forget(b.address)
+        a.send(b.address, Cancel(request_id="last", epoch=0))
+        async with asyncio.timeout(5):
+            async for delivery in b.receive():
+                if delivery.message == Cancel(request_id="last", epoch=0):
+                    break
+
+
 async def test_a_dead_peer_is_reported_within_a_second() -> None:
     lost: asyncio.Queue[str] = asyncio.Queue()
     async with Bus(BusConfig()) as a, asyncio.TaskGroup() as tasks:
