@@ -41,15 +41,17 @@ class WorldLoop(asyncio.SelectorEventLoop):
         heappush(self._timers_s, when)
         return super().call_at(when, *args, **kwargs)
 
-    def turn(self) -> None:
-        """Let whatever is due happen."""
+    def turn(self) -> bool:
+        """Let whatever is due happen; whether anything was."""
         while self._timers_s and self._timers_s[0] <= self.time():
             heappop(self._timers_s)
             self._stirred = True
-        if self._stirred:
-            self.call_soon(self.stop)
-            self._stirred = False
-            self.run_forever()
+        if not self._stirred:
+            return False
+        self.call_soon(self.stop)
+        self._stirred = False
+        self.run_forever()
+        return True
 
     @property
     def works(self) -> bool:

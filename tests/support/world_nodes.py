@@ -139,10 +139,10 @@ class Node:
 
     def turn(self) -> None:
         """Let whatever is due happen."""
-        self.loop.turn()
-        for task in [task for task in self._tasks if task.done()]:
-            self._tasks.remove(task)
-            task.result()
+        if self.loop.turn():
+            for task in [task for task in self._tasks if task.done()]:
+                self._tasks.remove(task)
+                task.result()
 
     def handle(self, flight: Flight) -> None:
         """Act on a message."""
@@ -203,6 +203,7 @@ class WorkerNode(Node):
         )  # fmt: skip
         steps = StepLoop(self.scheduler, runner, on_step=self.worker.on_step, on_scheduled=self.worker.on_scheduled)
         self.worker.wake = steps.wake
+        self.worker.metrics = list  # type: ignore[method-assign]  # nobody looks, and they are most of a heartbeat
         for work in (steps.run(), self.endpoint.run(), self.link.beat()):
             self.spawn(work)
 
