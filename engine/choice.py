@@ -49,14 +49,15 @@ class ChoiceRows(NamedTuple):
     def of(cls, sequences: Many[Sequence]) -> ChoiceRows:
         """For the next token of each sequence."""
         params = [sequence.params for sequence in sequences]
-        return cls(
-            np.array([one.temperature for one in params], dtype=np.float32),
-            np.array([one.top_k for one in params], dtype=np.int64),
-            np.array([one.top_p for one in params], dtype=np.float32),
-            np.array([one.min_p for one in params], dtype=np.float32),
-            np.array([as_int64(one.seed) for one in params], dtype=np.int64),
-            np.array([sequence.num_output_tokens for sequence in sequences], dtype=np.int64),
+        temperatures, top_p, min_p = np.array(
+            ([one.temperature for one in params], [one.top_p for one in params], [one.min_p for one in params]),
+            dtype=np.float32,
         )
+        counts = [sequence.num_output_tokens for sequence in sequences]
+        top_k, seeds, indexes = np.array(
+            ([one.top_k for one in params], [as_int64(one.seed) for one in params], counts), dtype=np.int64
+        )
+        return cls(temperatures, top_k, top_p, min_p, seeds, indexes)
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, Cuts, torch.Tensor, torch.Tensor]:
         """Temperatures, cuts, seeds and indexes where the logits are."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -72,10 +73,12 @@ class ModelRunner:
         self._model = model
         self._pool = pool
         self._grammars = grammars or GrammarDesk({}, model.config.vocab_size)
-        self._page_size = page_size
         self._decode = decode
         self._choose = choice_for(model.device)
         self._tables = PageTables()
+        self._row_error = partial(
+            row_error, vocab_size=model.config.vocab_size, page_size=page_size, num_pages=pool.shape[0]
+        )
         self._input_shape = input_shape(model, page_size)
         self.last_timing: StepTiming | None = None
 
@@ -166,12 +169,3 @@ class ModelRunner:
         transformer = self._model.transformer
         inputs = build_inputs(plan.rows, self._input_shape, transformer.backend.plan_attention)
         return transformer.hidden_states(inputs, self._pool)
-
-    def _row_error(self, row: Row, table: PageArray) -> str | None:
-        return row_error(
-            row,
-            table,
-            vocab_size=self._model.config.vocab_size,
-            page_size=self._page_size,
-            num_pages=self._pool.shape[0],
-        )

@@ -1,7 +1,7 @@
 """`engine.choice.choose_tokens` as one compiled kernel for CPUs: the same tokens, to the letter.
 
-A row is read twice if greedy or uncut; each of top-k and top-p adds a search for its limit by the bits of the scores,
-from the highest down. Rows are dealt out to torch's threads.
+A row is read once if greedy, twice if not; each of top-k and top-p adds a search for its limit among what stays, by the
+bits of the scores. Rows are dealt out to torch's threads.
 
 Letters: R rows, V vocab_size.
 """
@@ -84,6 +84,7 @@ def _token_choice() -> Any:  # noqa: C901, PLR0915 - as below
         sums = np.empty(num_runs, np.int64)
         scores = np.empty(vocab_size, np.float32)
         weights = np.empty(vocab_size, np.int64)
+        members = np.empty(vocab_size, np.int64)
         reached = np.empty(2048, np.int64)
         for row in range(thread_num(), num_rows, num_threads()):
             logits = carray(pointer(words[0] + 4 * row * words[1]), vocab_size, np.float32)
@@ -128,49 +129,50 @@ def _token_choice() -> Any:  # noqa: C901, PLR0915 - as below
                         total += _whole_weight((line[at] - best) / temperature)
                 sums[run] = total
 
-            # The least distance from the best within which the candidates reach a number (top-k), then a mass (top-p).
-            limit = np.float32(-np.inf)
-            for cut in range(2):
+            # What stays, in order of the ids. A cut is the least distance from the best within which candidates reach a
+            # number (top-k) or a mass (top-p), found by its bits, the highest first.
+            num_members, mass, all_in = vocab_size, sums.sum(), True
+            for cut in range(3):
                 if cut == 0:
                     if not 0 < top_ks[row] < vocab_size:
                         continue
                     needed = top_ks[row]
-                else:
+                elif cut == 1:
                     if not top_ps[row] < 1:
                         continue
-                    needed = np.int64(np.ceil(np.float64(top_ps[row]) * np.float64(sums.sum())))
-                    needed = max(needed, np.int64(1))
+                    needed = max(np.int64(np.ceil(np.float64(top_ps[row]) * np.float64(mass))), np.int64(1))
+                elif not min_ps[row] > 0:
+                    continue
                 found, before = np.int64(0), np.int64(0)
-                for level in range(3):
+                for level in range(3 if cut < 2 else 0):
                     shift, width = 20 - 10 * level, 11 if level == 0 else 10
                     reached[: 1 << width] = 0
-                    for at in range(vocab_size):
+                    for member in range(num_members):
+                        at = member if all_in else members[member]
                         distance = bits_of(scores[at]) & _MAGNITUDE
                         if distance >> (shift + width) == found:
-                            digit = (distance >> shift) & ((1 << width) - 1)
-                            reached[digit] += weights[at] if cut else 1
+                            reached[(distance >> shift) & ((1 << width) - 1)] += weights[at] if cut else 1
                     digit = 0
                     while before + reached[digit] < needed:
                         before += reached[digit]
                         digit += 1
                     found = (found << width) | digit
-                limit = -float_of(found)
-                for run in range(num_runs):
-                    total = np.int64(0)
-                    ours, whole = scores[run * _RUN : (run + 1) * _RUN], weights[run * _RUN :]
-                    for at in range(len(ours)):
-                        whole[at] = whole[at] if ours[at] >= limit else 0
-                        total += whole[at]
-                    sums[run] = total
-            if min_ps[row] > 0:
-                limit = np.float32(np.log(np.float64(min_ps[row])))
-                for run in range(num_runs):
-                    total = np.int64(0)
-                    ours, whole = scores[run * _RUN : (run + 1) * _RUN], weights[run * _RUN :]
-                    for at in range(len(ours)):
-                        whole[at] = whole[at] if ours[at] >= limit else 0
-                        total += whole[at]
-                    sums[run] = total
+                    if level == 0:  # what is farther by the first digit is out; few are left to search
+                        num_kept = 0
+                        for member in range(num_members):
+                            at = member if all_in else members[member]
+                            members[num_kept] = at
+                            num_kept += (bits_of(scores[at]) & _MAGNITUDE) >> shift <= found
+                        num_members, all_in = num_kept, False
+                limit = -float_of(found) if cut < 2 else np.float32(np.log(np.float64(min_ps[row])))
+                num_kept, mass = 0, np.int64(0)
+                for member in range(num_members):
+                    at = member if all_in else members[member]
+                    members[num_kept] = at
+                    kept = scores[at] >= limit
+                    num_kept += kept
+                    mass += weights[at] if kept else 0
+                num_members, all_in = num_kept, False
 
             mixed = seeds[row]
             mixed = (mixed ^ (mixed >> _BY_30)) * _MULTIPLIER_1
@@ -179,18 +181,24 @@ def _token_choice() -> Any:  # noqa: C901, PLR0915 - as below
             mixed = (mixed ^ (mixed >> _BY_30)) * _MULTIPLIER_1
             mixed = (mixed ^ (mixed >> _BY_27)) * _MULTIPLIER_2
             mixed = (mixed ^ (mixed >> _BY_31)) >> _BY_16
-            target = np.int64((np.float64(mixed) + 0.5) * 2.0**-48 * np.float64(sums.sum()))
+            target = np.int64((np.float64(mixed) + 0.5) * 2.0**-48 * np.float64(mass))
+            if cuts:
+                member = 0
+                while weights[members[member]] <= target:
+                    target -= weights[members[member]]
+                    member += 1
+                chosen[row] = members[member]
+                continue
             run = 0
             while sums[run] <= target:
                 target -= sums[run]
                 run += 1
-            if not cuts:
-                for at in range(run * _RUN, min(vocab_size, (run + 1) * _RUN)):
-                    weights[at] = _whole_weight((logits[at] - best) / temperature)
             at = run * _RUN
-            while weights[at] <= target:
-                target -= weights[at]
+            weight = _whole_weight((logits[at] - best) / temperature)
+            while weight <= target:
+                target -= weight
                 at += 1
+                weight = _whole_weight((logits[at] - best) / temperature)
             chosen[row] = at
 
     return kernel(run, exact=True)
