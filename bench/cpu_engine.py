@@ -69,7 +69,7 @@ class Engine:
         num_pages = num_tokens // PAGE_SIZE + 256
         self.model = model
         self.pool = allocate_pool(
-            config=model.config, num_pages=num_pages, page_size=PAGE_SIZE, dtype=model.dtype, device=model.device
+            config=model.config, num_pages=num_pages, page_size=PAGE_SIZE, dtype=model.kv_dtype, device=model.device
         ).zero_()
         self.runner = ModelRunner(model, self.pool, PAGE_SIZE)
         self.free = list(range(num_pages))

@@ -49,6 +49,7 @@ QWEN3_8B = {
     "tie_word_embeddings": False,
 }
 """Where Qwen/Qwen3-8B differs from Qwen3-0.6B."""
+FP8_FLAGS = ("--quantization", "fp8", "--kv-cache-dtype", "fp8_e4m3")
 PACKAGES = ("torch", "triton", "cupy-cuda13x", "litestar", "pyzmq")
 
 
@@ -95,9 +96,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes and operations of a dense model in bfloat16, from its configuration."""
+    """Bytes and operations of a dense model, from its configuration; `weights` with the vocabulary head's, `head`."""
 
     weights: int
+    head: int
     layers: int
     kv_heads: int
     heads: int
@@ -110,11 +112,13 @@ class Sizes:
         heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
         layer = hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
         layers = config["num_hidden_layers"]
-        return cls(layers * layer + config["vocab_size"] * hidden, layers, kv_heads, heads, dim)
+        head = config["vocab_size"] * hidden
+        return cls(layers * layer + head, head, layers, kv_heads, heads, dim)
 
-    def step_bytes(self, streams: int, context: float) -> float:
-        """Bytes that one decode step reads."""
-        return 2.0 * (self.weights + streams * context * self.layers * 2 * self.kv_heads * self.head_dim)
+    def step_bytes(self, streams: int, context: float, *, fp8: bool = False) -> float:
+        """Bytes that one decode step reads, in bfloat16 or with FP8 matrices and pages; the head stays bfloat16."""
+        keys_values = streams * context * self.layers * 2 * self.kv_heads * self.head_dim
+        return (1.0 if fp8 else 2.0) * (self.weights - self.head + keys_values) + 2.0 * self.head
 
     def prompt_flops(self, tokens: int) -> float:
         """Operations of a prompt: products, and causal attention."""
@@ -180,18 +184,20 @@ def transports_in_use(url: str) -> dict[str, float]:
     return used
 
 
+def one_stream(url: str, scale: Scale, name: str, report: Report, *, limit: float | None, target: float | None) -> None:
+    """Decoding speed of a single stream, on a fleet that is warmed up here."""
+    load(url, "--concurrency", "2", "--num-requests", "8", "--prompt-len", "64", "--output-len", "32")
+    single = load(url, "--concurrency", "1", "--num-requests", "3", "--output-len", str(scale.outputs))["summary"]
+    report.add(name, 1 / single["tpot_s"]["p50"], "tokens/s", limit=limit, target=target)
+
+
 def pipeline(url: str, scale: Scale, sizes: Sizes | None, limits: dict[str, float] | None, report: Report) -> None:
     """The figures of the whole pipeline, as a client sees them."""
     copy = limits["copy_bytes_per_s"] if limits else None
     flops = limits["flops"] if limits else None
-    load(url, "--concurrency", "2", "--num-requests", "8", "--prompt-len", "64", "--output-len", "32")  # warms up
-
-    single = load(url, "--concurrency", "1", "--num-requests", "3", "--output-len", str(scale.outputs))["summary"]
     context = 128 + scale.outputs / 2
     limit = copy / sizes.step_bytes(1, context) if copy and sizes else None
-    report.add(
-        "decode, 1 stream", 1 / single["tpot_s"]["p50"], "tokens/s", limit=limit, target=0.85 * limit if limit else None
-    )
+    one_stream(url, scale, "decode, 1 stream", report, limit=limit, target=0.85 * limit if limit else None)
 
     many = load(
         url, "--concurrency", str(scale.streams), "--num-requests", str(scale.saturated_requests), "--output-len",
@@ -260,6 +266,13 @@ def check_kernels(report: Report) -> list[str]:
     return done.stdout.splitlines()
 
 
+def has_fp8() -> bool:
+    """Whether the GPU multiplies FP8 numbers."""
+    import torch
+
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
 def facts() -> dict[str, Any]:
     """GPU and versions."""
     import torch  # the rehearsal needs it no earlier
@@ -290,6 +303,8 @@ def main() -> int:
         with fleet(ROOT / "models" / "demo", "demo", []) as url:
             pipeline(url, REHEARSAL, None, None, report)
             print(f"hand-offs by transport: {transports_in_use(url)}")
+        with fleet(ROOT / "models" / "demo", "demo", [*FP8_FLAGS]) as url:
+            one_stream(url, REHEARSAL, "decode, 1 stream, FP8 weights and pages", report, limit=None, target=None)
         return 0
     if "gpu" not in described:
         print("no GPU here; --rehearse runs the same path on a CPU")
@@ -306,6 +321,10 @@ def main() -> int:
     with fleet(directory, "qwen3-8b", flags) as url:
         pipeline(url, FULL, Sizes.of(shape), limits, report)
         used = transports_in_use(url)
+    if has_fp8():
+        limit = limits["copy_bytes_per_s"] / Sizes.of(shape).step_bytes(1, 128 + FULL.outputs / 2, fp8=True)
+        with fleet(directory, "qwen3-8b", [*flags, *FP8_FLAGS]) as url:
+            one_stream(url, FULL, "decode, 1 stream, FP8 weights and pages", report, limit=limit, target=400.0)
     print(f"hand-offs by transport: {used}")
     if set(used) != {"cuda_ipc"}:
         report.faults.append(f"pages went over {used}")

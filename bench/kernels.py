@@ -21,6 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
+from fp8_kernels import fp8
+
 PAGE_SIZE = 16
 DTYPE = torch.bfloat16
 ROUNDING = 2.0**-8  # of bfloat16
@@ -251,15 +253,7 @@ def sampling(bench: Bench, shapes: Shapes) -> None:
 
 
 def copies(bench: Bench, shapes: Shapes) -> None:
-    """Pages to a staging buffer, and quantisation."""
-    from engine.kernels.fp8 import (
-        quantise_rows,
-        quantise_rows_twin,
-        quantise_tensor,
-        quantise_tensor_twin,
-        quantise_tiles,
-        quantise_tiles_twin,
-    )
+    """Pages to a staging buffer."""
     from engine.kernels.pages import gather_pages, gather_pages_twin
 
     pool = torch.randn(2048, 36, 2, shapes.kv_heads, PAGE_SIZE, shapes.head_dim, device="cuda").to(DTYPE)
@@ -274,23 +268,6 @@ def copies(bench: Bench, shapes: Shapes) -> None:
         num_bytes=2 * staging.nbytes,
         roundings=0,
     )
-    if torch.cuda.get_device_capability() < (8, 9):
-        print("FP8 left out: this GPU has none")
-        return
-    values = torch.randn(8192, shapes.hidden, dtype=DTYPE, device="cuda")
-    for name, work, twin in (
-        ("tensor", quantise_tensor, quantise_tensor_twin),
-        ("rows", quantise_rows, quantise_rows_twin),
-        ("tiles", quantise_tiles, quantise_tiles_twin),
-    ):
-        pairs = [(one.float(), other.float()) for one, other in zip(work(values), twin(values), strict=True)]
-        bench.line(
-            f"quantise 8192 x {shapes.hidden} by {name}",
-            pairs,
-            partial(work, values),
-            num_bytes=1.5 * values.nbytes,
-            roundings=0,
-        )
 
 
 def scattered(lengths: list[int], shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,7 +295,7 @@ def main() -> int:
     properties = torch.cuda.get_device_properties(0)
     print(f"{properties.name}, {properties.multi_processor_count} multiprocessors, torch {torch.__version__}")
     bench = Bench()
-    for part in (rows, decode, prefill, sampling, copies):
+    for part in (rows, decode, prefill, sampling, copies, fp8):
         part(bench, shapes)
     return 0 if bench.agreed else 1
 

@@ -80,6 +80,7 @@ async def _run(
     registry = Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s)
     peers = Peers(registry, record, lease_s=settings.lease_s)
     metrics = WorkerMetrics()
+    metrics.page_bytes.labels(fingerprint.dtype).set(opened.plan.page_bytes)
     mover = Mover(
         pool=engine.pool,
         scheduler=scheduler,

@@ -99,7 +99,7 @@ class OpenModel:
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "page_size": self.plan.page_size,
-            "dtype": self.model.dtype_name,
+            "dtype": self.model.kv_dtype_name,
         }
 
     def record(
@@ -138,7 +138,7 @@ class OpenModel:
                 config=config,
                 num_pages=plan.num_pages,
                 page_size=plan.page_size,
-                dtype=self.model.dtype,
+                dtype=self.model.kv_dtype,
                 device=self.model.device,
             )
         else:
@@ -147,7 +147,7 @@ class OpenModel:
                 config=config,
                 num_pages=plan.num_pages,
                 page_size=plan.page_size,
-                dtype=self.model.dtype,
+                dtype=self.model.kv_dtype,
             )
         pool = PagePool(plan.num_pages, plan.page_size)
         # Under dynamic rope the keys of a long prompt depend on its length, so equal tokens are not equal pages.
@@ -199,9 +199,16 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
     directory = resolve_model(settings.model)
     device = resolve_device(settings.device)
     cores = SharedCores(Path(settings.shared_cores), torch.get_num_threads()) if settings.shared_cores else None
-    loaded = load_model(directory, settings.dtype, device, cores)
+    loaded = load_model(
+        directory,
+        settings.dtype,
+        device,
+        cores,
+        quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
+    )
     plan = plan_pool(
-        page_bytes=kv_page_bytes(loaded.config, settings.page_size, loaded.dtype),
+        page_bytes=kv_page_bytes(loaded.config, settings.page_size, loaded.kv_dtype),
         page_size=settings.page_size,
         max_model_len=_model_len(settings, loaded),
         max_num_seqs=settings.max_num_seqs,
@@ -215,6 +222,9 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         "model loaded",
         model=settings.model,
         dtype=loaded.dtype_name,
+        fp8_matrices=loaded.num_fp8,
+        kv_dtype=loaded.kv_dtype_name,
+        page_bytes=plan.page_bytes,
         device=str(loaded.device),
         weight_mib=round(loaded.weight_bytes / 2**20, 1),
         load_s=round(loaded.load_s, 2),

@@ -29,7 +29,8 @@ def attend(
     Args:
         queries: [T, Hq, D], rotated.
         keys_values: [T, 2, Hkv, D] of this step, already in `layer` too.
-        layer: [N, 2, Hkv, P, D], one layer of the pool. Slots that no row names may hold anything, NaN included.
+        layer: [N, 2, Hkv, P, D], one layer of the pool, of the queries' dtype or e4m3. Slots that no row names may hold
+            anything, NaN included.
         inputs: groups and chunks that cover the T tokens.
 
     Returns:
@@ -48,7 +49,7 @@ def attend(
 def _attend_group(queries: torch.Tensor, layer: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
     """`[B, Hq, D]` over the group's pages, `[B, Hq * D]`."""
     size, num_heads, head_dim = queries.shape
-    gathered = gather_pages(layer, group.page_ids)  # [2, Hkv, B * S, D]
+    gathered = gather_pages(layer, group.page_ids, queries.dtype)  # [2, Hkv, B * S, D]
     num_kv_heads = gathered.shape[1]
     gathered = gathered.view(2, num_kv_heads, size, -1, head_dim)
     if group.hidden_rows is not None:
@@ -76,7 +77,7 @@ def _attend_chunk(queries: torch.Tensor, keys_values: torch.Tensor, layer: torch
     if chunk.page_ids is None:
         keys, values = keys_values.permute(1, 2, 0, 3)  # [Hkv, C, D] each
     else:
-        keys, values = gather_pages(layer, chunk.page_ids)
+        keys, values = gather_pages(layer, chunk.page_ids, queries.dtype)
     num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads
     grouped = queries.view(length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hkv, G, C, D]
@@ -113,12 +114,13 @@ def _attend_chunk(queries: torch.Tensor, keys_values: torch.Tensor, layer: torch
     return output.view(length, num_heads * head_dim)
 
 
-def gather_pages(layer: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
+def gather_pages(layer: torch.Tensor, page_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Keys and values of pages end to end, `[2, Hkv, len(page_ids) * P, D]`, copied once.
 
     Args:
         layer: [N, 2, Hkv, P, D].
         page_ids: [n] int64.
+        dtype: of the result; FP8 pages are widened to it.
     """
     by_head = layer.permute(1, 2, 0, 3, 4)  # [2, Hkv, N, P, D]
-    return by_head.index_select(2, page_ids).flatten(2, 3)
+    return by_head.index_select(2, page_ids).flatten(2, 3).to(dtype)

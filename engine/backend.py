@@ -18,6 +18,7 @@ from torch.nn import functional
 from engine.attention import attend
 from engine.attention_inputs import AttentionInputs, InputShape, TableRow, gather_plan
 from engine.exactness import is_exact, padded
+from engine.fp8 import E4M3, Fp8Matrix, to_e4m3
 from engine.inputs import StepInputs
 from engine.rope import rotate
 
@@ -37,6 +38,12 @@ class Backend(Protocol):
         """Take over a matrix `[out, in]` at load time and return its product; the place to pack weights.
 
         The caller drops its own reference, so a packed copy need not double the memory.
+        """
+
+    def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear | None:
+        """Take over an FP8 matrix and return its product of inputs of `dtype`; None if it cannot be made here.
+
+        The loader then dequantises the matrix and calls `linear`.
         """
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -64,11 +71,13 @@ class Backend(Protocol):
             norms: of queries and keys, [D] each.
             eps: of the norms.
             rotation: what `plan_rotation` made.
-            layer: [N, 2, Hkv, P, D], one layer's share of the pool, pages strided; mutated.
+            layer: [N, 2, Hkv, P, D], one layer's share of the pool, pages strided; mutated. Of the model's dtype, or
+                e4m3: then keys and values saturate and are rounded to it.
             inputs: names the slots.
 
         Returns:
-            Rotated queries [T, Hq, D], and the keys and values [T, 2, Hkv, D] for a backend whose attention reads them.
+            Rotated queries [T, Hq, D], and the keys and values [T, 2, Hkv, D] for a backend whose attention reads them:
+            what a reader of the pages would find, so that it makes no difference how a prompt is cut into chunks.
         """
 
     def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> object:
@@ -116,6 +125,11 @@ class TorchBackend:
 
         return product
 
+    def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear | None:
+        """None: no FP8 products."""
+        del matrix, bias, dtype
+        return None
+
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """In float32 throughout. For half precision by fewer passes than torch's own operator takes on a CPU."""
         if hidden.dtype is torch.float32:
@@ -156,7 +170,12 @@ class TorchBackend:
             queries, keys = self.rms_norm(queries, norms[0], eps), self.rms_norm(keys, norms[1], eps)
         cos, sin = cast("tuple[torch.Tensor, torch.Tensor]", rotation)
         keys_values[:, 0] = rotate(keys, cos, sin)
-        layer[inputs.page_ids, :, :, inputs.offsets] = keys_values
+        if layer.dtype is E4M3:
+            stored = to_e4m3(keys_values)
+            layer[inputs.page_ids, :, :, inputs.offsets] = stored
+            keys_values = stored.to(qkv.dtype)
+        else:
+            layer[inputs.page_ids, :, :, inputs.offsets] = keys_values
         return rotate(queries, cos, sin), keys_values
 
     def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> object:

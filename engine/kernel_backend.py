@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from engine.attention_inputs import InputShape, TableRow
-from engine.backend import TorchBackend
+from engine.backend import Linear, TorchBackend
+from engine.fp8 import Fp8Matrix
 from engine.inputs import StepInputs
 from engine.kernels.decode_plan import DecodePlan, plan_decode
+from engine.kernels.fp8 import quantise_rows, quantise_tiles
+from engine.kernels.fp8_product import TILE, fp8_tile_product
 from engine.kernels.paged_decode_attention import paged_decode_attention
 from engine.kernels.paged_prefill_attention import PrefillPlan, paged_prefill_attention, plan_prefill
 from engine.kernels.rms_norm import rms_norm
@@ -20,6 +23,7 @@ from engine.kernels.silu_mul import silu_mul
 
 _PROGRAMS_PER_PROCESSOR = 2
 _INTERPRETED_PROGRAMS = 4
+_FP8_MULTIPLE = 16  # of both sides of a matrix that cuBLAS multiplies in FP8
 _GRAPH_PARTS = 16  # of one row at most: what a graph keeps room for, in every row
 
 
@@ -51,14 +55,41 @@ class KernelBackend(TorchBackend):
     Args:
         group: query heads that share a key head.
         device: where it runs; a CPU under Triton's interpreter.
+        fp8: whether it multiplies FP8 numbers.
     """
 
-    def __init__(self, *, group: int, device: torch.device) -> None:
+    def __init__(self, *, group: int, device: torch.device, fp8: bool = False) -> None:
         self._group = group
+        self._fp8 = fp8
         self._num_programs = _INTERPRETED_PROGRAMS
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             self._num_programs = _PROGRAMS_PER_PROCESSOR * properties.multi_processor_count
+
+    def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear | None:
+        """Inputs are quantised per row, so that a token's result depends on no other; then cuBLAS, for tiles Triton."""
+        sizes_fit = not any(size % _FP8_MULTIPLE for size in matrix.values.shape)
+        if not self._fp8 or dtype is not torch.bfloat16 or not sizes_fit or matrix.tile not in (None, (TILE, TILE)):
+            return None
+        values, scales = matrix.values, matrix.scales
+
+        def by_tile(hidden: torch.Tensor) -> torch.Tensor:
+            quantised, of_rows = quantise_tiles(hidden, tile_rows=1, tile_columns=TILE)
+            out = fp8_tile_product(quantised, of_rows, values, scales)
+            return out if bias is None else out.add_(bias)
+
+        def by_row(hidden: torch.Tensor) -> torch.Tensor:
+            quantised, of_rows = quantise_rows(hidden, matrix.input_scale)
+            out = torch._scaled_mm(  # noqa: SLF001 - no public name
+                quantised,
+                values.t(),
+                scale_a=of_rows.unsqueeze(1),
+                scale_b=scales.unsqueeze(0),
+                out_dtype=torch.bfloat16,
+            )
+            return out if bias is None else out.add_(bias)
+
+        return by_row if matrix.tile is None else by_tile
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """One pass over memory."""

@@ -9,17 +9,23 @@ from pathlib import Path
 
 import torch
 
-from engine.backend import Backend, Linear, TorchBackend
+from engine.backend import Backend, TorchBackend
 from engine.cpu.backend import CpuBackend
 from engine.cpu.shared_cores import SharedCores
+from engine.fp8 import E4M3
 from engine.model_config import ModelConfig
-from engine.packed_backend import PackedBackend, can_pack
-from engine.rope import Rotary
-from engine.transformer import Layer, Transformer
+from engine.packed_backend import can_pack
+from engine.transformer import Transformer
+from engine.weight_loader import WeightLoader
 from engine.weights import Checkpoint, check_tensors, model_fingerprint, stored_dtype
-from fleet.errors import UnsupportedModel
+from fleet.errors import SettingsError, UnsupportedModel
+from fleet.logs import get_logger
+
+_log = get_logger("load")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FP8_CAPABILITY = (8, 9)
+"""The first CUDA compute capability with FP8: Ada and Hopper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,9 @@ class LoadedModel:
     Attributes:
         config: what `config.json` says.
         transformer: the forward pass with its weights.
-        dtype: of weights, activations, keys and values.
+        dtype: of activations, and of weights that are not FP8.
+        kv_dtype: of keys and values in pages: `dtype`, or e4m3.
+        num_fp8: matrices whose products are made in FP8. num_widened: FP8 matrices that were dequantised instead.
         device: where they are.
         fingerprint: hash of configuration and weights, for `fleet.types.Fingerprint.model`.
         weight_bytes: memory that the weights take, mapped embedding included.
@@ -39,9 +47,12 @@ class LoadedModel:
     config: ModelConfig
     transformer: Transformer
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
     fingerprint: str
     weight_bytes: int
+    num_fp8: int
+    num_widened: int
     load_s: float
 
     @property
@@ -49,9 +60,20 @@ class LoadedModel:
         """`float32`, `bfloat16` or `float16`."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def kv_dtype_name(self) -> str:
+        """As `dtype_name`, or `float8_e4m3fn`."""
+        return str(self.kv_dtype).removeprefix("torch.")
+
 
 def load_model(
-    directory: Path, dtype: str = "auto", device: str = "cpu", cores: SharedCores | None = None
+    directory: Path,
+    dtype: str = "auto",
+    device: str = "cpu",
+    cores: SharedCores | None = None,
+    *,
+    quantization: str = "auto",
+    kv_cache_dtype: str = "auto",
 ) -> LoadedModel:
     """Read configuration and weights of a Hugging Face directory.
 
@@ -65,10 +87,14 @@ def load_model(
             for it (bfloat16: AMX-BF16 or AVX512-BF16; float16: AMX-FP16 or AVX512-FP16), where it is float32.
         device: `cpu`, or a torch device.
         cores: shared with other workers; for a backend that computes alike on any number of threads.
+        quantization: `auto`: as the checkpoint is; `fp8`: one that is unquantized is quantised as it is loaded, with a
+            scale per output channel, embedding and vocabulary head aside.
+        kv_cache_dtype: of pages: `auto`, the model's own; or `fp8_e4m3`.
 
     Raises:
         ModelNotFound: files are missing.
         UnsupportedModel: the checkpoint needs something that Baton does not have, or does not fit its configuration.
+        SettingsError: `quantization` or `kv_cache_dtype` is unknown, or the device cannot do it.
     """
     began_s = time.perf_counter()
     config = ModelConfig.from_directory(directory)
@@ -76,15 +102,38 @@ def load_model(
     with Checkpoint(directory) as checkpoint:
         check_tensors(config, checkpoint)
         resolved = resolve_dtype(dtype, stored_dtype(checkpoint), target)
-        loader = _Loader(config, checkpoint, resolved, target, _backend(config, resolved, target, cores))
+        kv_dtype = resolve_kv_dtype(kv_cache_dtype, resolved, target)
+        if quantization not in ("auto", "fp8"):
+            raise SettingsError(f"BATON_QUANTIZATION = {quantization!r}: auto or fp8")
+        loader = WeightLoader(
+            config,
+            checkpoint,
+            resolved,
+            target,
+            _backend(config, resolved, target, cores),
+            quantises=quantization == "fp8" and config.quantization is None,
+            scales_pages=kv_dtype is E4M3,
+        )
         transformer = loader.transformer()
+    if loader.num_widened:
+        _log.warning(
+            "FP8 matrices are dequantised, which needs the memory of unquantized ones: no FP8 products here",
+            matrices=loader.num_widened,
+            of=loader.num_widened + loader.num_fp8,
+            dtype=str(resolved).removeprefix("torch."),
+            device=device,
+            needs="a CUDA device of compute capability 8.9 or newer, dtype bfloat16, sizes that are multiples of 16",
+        )
     return LoadedModel(
         config=config,
         transformer=transformer,
         dtype=resolved,
+        kv_dtype=kv_dtype,
         device=target,
-        fingerprint=model_fingerprint(directory, config),
+        fingerprint=model_fingerprint(directory, config, quantization),
         weight_bytes=loader.weight_bytes,
+        num_fp8=loader.num_fp8,
+        num_widened=loader.num_widened,
         load_s=time.perf_counter() - began_s,
     )
 
@@ -105,6 +154,25 @@ def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torc
     return stored if any(able.get(name) for name in fast[stored]) else torch.float32
 
 
+def resolve_kv_dtype(kv_cache_dtype: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `kv_cache_dtype` means for a model of `dtype`; see `load_model`. Raises SettingsError."""
+    if kv_cache_dtype == "auto":
+        return dtype
+    if kv_cache_dtype != "fp8_e4m3":
+        raise SettingsError(f"BATON_KV_CACHE_DTYPE = {kv_cache_dtype!r}: auto or fp8_e4m3")
+    if device.type == "cuda" and not has_fp8(device):
+        raise SettingsError(
+            f"BATON_KV_CACHE_DTYPE = {kv_cache_dtype} needs a GPU of compute capability 8.9 or newer; "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+        )
+    return E4M3
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a CUDA device converts and multiplies FP8 numbers."""
+    return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
 def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device, cores: SharedCores | None) -> Backend:
     """The fastest backend that gives the specified results here. Raises: UnsupportedModel."""
     if device.type == "cuda":
@@ -112,85 +180,6 @@ def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device, core
             raise UnsupportedModel("a CUDA device needs Triton: pip install 'baton-serve[gpu]'")
         from engine.kernel_backend import KernelBackend
 
-        return KernelBackend(group=config.num_heads // config.num_kv_heads, device=device)
+        group = config.num_heads // config.num_kv_heads
+        return KernelBackend(group=group, device=device, fp8=has_fp8(device))
     return CpuBackend(cores) if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()
-
-
-class _Loader:
-    """Builds a `Transformer` out of an open checkpoint, one matrix at a time."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: Backend,
-    ) -> None:
-        self._config = config
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = device
-        self._backend = backend
-        self.weight_bytes = 0
-
-    def transformer(self) -> Transformer:
-        """The whole model."""
-        config = self._config
-        tied = config.tie_word_embeddings
-        if tied and not isinstance(self._backend, PackedBackend):
-            head = embedding = self._stack("model.embed_tokens.weight")
-        else:
-            embedding = self._mapped("model.embed_tokens.weight")
-            head = self._stack("model.embed_tokens.weight" if tied else "lm_head.weight")
-        return Transformer(
-            config=config,
-            backend=self._backend,
-            embedding=embedding,
-            layers=tuple(self._layer(index) for index in range(config.num_layers)),
-            final_norm=self._stack("model.norm.weight"),
-            lm_head=self._backend.linear(head, None),
-            rotary=Rotary(config.rope, self._device),
-        )
-
-    def _layer(self, index: int) -> Layer:
-        config = self._config
-        prefix = f"model.layers.{index}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        return Layer(
-            qkv=self._linear(config.qkv_bias, *(f"{attention}.{part}_proj" for part in "qkv")),
-            output=self._linear(config.o_bias, f"{attention}.o_proj"),
-            gate_up=self._linear(config.mlp_bias, f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-            down=self._linear(config.mlp_bias, f"{mlp}.down_proj"),
-            attention_norm=self._stack(f"{prefix}.input_layernorm.weight"),
-            mlp_norm=self._stack(f"{prefix}.post_attention_layernorm.weight"),
-            query_norm=self._stack(f"{attention}.q_norm.weight") if config.qk_norm else None,
-            key_norm=self._stack(f"{attention}.k_norm.weight") if config.qk_norm else None,
-            window=config.layer_windows[index],
-        )
-
-    def _linear(self, has_bias: bool, *names: str) -> Linear:
-        """One product for several matrices of equal width, their rows stacked."""
-        weight = self._stack(*(f"{name}.weight" for name in names))
-        bias = self._stack(*(f"{name}.bias" for name in names)) if has_bias else None
-        return self._backend.linear(weight, bias)
-
-    def _stack(self, *names: str) -> torch.Tensor:
-        """Tensors one below the other in new memory of the model's dtype and device."""
-        shapes = [self._checkpoint.tensors[name].shape for name in names]
-        rows = sum(shape[0] for shape in shapes)
-        stacked = torch.empty((rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
-        top = 0
-        for name, shape in zip(names, shapes, strict=True):
-            stacked[top : top + shape[0]].copy_(self._checkpoint.read(name))
-            top += shape[0]
-        self.weight_bytes += stacked.nbytes
-        return stacked
-
-    def _mapped(self, name: str) -> torch.Tensor:
-        """The tensor in the page cache if it can be used as it is, else a copy."""
-        tensor = self._checkpoint.read(name)
-        if tensor.dtype != self._dtype or self._device.type != "cpu":
-            return self._stack(name)
-        self.weight_bytes += tensor.nbytes
-        return tensor

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.quantization import Quantization, read_quantization
 from engine.rope_config import RopeConfig, read_rope
 from fleet.errors import ModelNotFound, UnsupportedModel
 
@@ -71,6 +72,7 @@ class ModelConfig:
         max_length: longest sequence in tokens that the rotary embedding is made for; see `RopeConfig.max_length`.
         layer_windows: per layer, how many latest tokens a query sees, itself included; None is all.
         checkpoint_dtype: `dtype` or `torch_dtype` as written, None where the file is silent.
+        quantization: of FP8 matrices, None where nothing is quantized.
     """
 
     architecture: str
@@ -92,6 +94,7 @@ class ModelConfig:
     rope: RopeConfig
     layer_windows: tuple[int | None, ...]
     checkpoint_dtype: str | None
+    quantization: Quantization | None
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
@@ -148,6 +151,7 @@ class ModelConfig:
             rope=rope,
             layer_windows=_layer_windows(raw, family, num_layers),
             checkpoint_dtype=_dtype_name(raw),
+            quantization=read_quantization(raw),
         )
 
     def rotation_salt(self, prompt_len: int) -> bytes:
@@ -176,10 +180,6 @@ def _architecture(raw: dict[str, Any]) -> str:
 
 def _refuse_extras(raw: dict[str, Any], architecture: str) -> None:
     """Raise UnsupportedModel for settings that change the forward pass in ways we do not have."""
-    for key in ("quantization_config", "compression_config"):
-        if raw.get(key):
-            method = raw[key].get("quant_method") if isinstance(raw[key], dict) else raw[key]
-            raise UnsupportedModel(f"{key} (quant_method {method}) is not supported; serve the unquantized checkpoint")
     for key in _EXPERT_KEYS:
         if raw.get(key):
             raise UnsupportedModel(f"{key}={raw[key]}: mixture-of-experts models are not supported")

@@ -68,8 +68,10 @@ class ModelRunner:
         decode: DecodeForward | None = None,
     ) -> None:
         expected = page_shape(model.config, page_size)
-        if tuple(pool.shape[1:]) != expected or pool.dtype != model.dtype:
-            raise ValueError(f"pool pages are {list(pool.shape[1:])} {pool.dtype}, not {list(expected)} {model.dtype}")
+        if tuple(pool.shape[1:]) != expected or pool.dtype != model.kv_dtype:
+            raise ValueError(
+                f"pool pages are {list(pool.shape[1:])} {pool.dtype}, not {list(expected)} {model.kv_dtype}"
+            )
         self._model = model
         self._pool = pool
         self._grammars = grammars or GrammarDesk({}, model.config.vocab_size)

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.fp8_checkpoint import STORED_AS, scale_tensors
 from engine.model_config import ModelConfig
 from fleet.errors import ModelNotFound, UnsupportedModel
 
@@ -20,6 +21,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EMBEDDING = "model.embed_tokens.weight"
 _NAMED_IN_ERRORS = 5
 
 
@@ -69,8 +71,10 @@ class Checkpoint:
     def sample(self, name: str) -> bytes:
         """A few rows of a tensor as bytes: enough to tell two checkpoints apart, cheap enough to do for all."""
         view = self._files[self._file_of[name]].get_slice(name)
-        length = self.tensors[name].shape[0]
-        width = 64 if len(self.tensors[name].shape) == 1 else 1
+        shape = self.tensors[name].shape
+        if not shape:
+            return self.read(name).view(1).view(torch.uint8).numpy().tobytes()
+        length, width = shape[0], 64 if len(shape) == 1 else 1
         rows = [view[at : min(at + width, length)] for at in (0, length // 2)]
         return b"".join(row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
 
@@ -122,7 +126,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         for part, (rows, columns, bias) in linears.items():
@@ -146,28 +150,32 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
     Old checkpoints store the rotary frequencies, and tied ones may store the shared matrix twice; both are ignored.
     """
     expected = expected_tensors(config)
+    scales = _scale_tensors(config, checkpoint)
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
         raise UnsupportedModel(f"the checkpoint lacks {_some(missing)}")
+    for name, shape in expected.items():
+        info = checkpoint.tensors[name]
+        if info.shape != shape:
+            raise UnsupportedModel(f"{name} has shape {list(info.shape)}, config.json asks for {list(shape)}")
+        if info.dtype not in _DTYPES and not (info.dtype == STORED_AS and len(shape) == 2 and name != _EMBEDDING):
+            raise UnsupportedModel(f"{name} is stored as {info.dtype}; supported are {', '.join(_DTYPES)}")
     unexpected = [
         name
         for name in checkpoint.tensors
-        if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight"
+        if name not in expected
+        and name not in scales
+        and not name.endswith("rotary_emb.inv_freq")
+        and name != "lm_head.weight"
     ]
     if unexpected:
         raise UnsupportedModel(
             f"the checkpoint holds tensors that {config.architecture} has no use for: {_some(unexpected)}"
         )
-    for name, shape in expected.items():
-        info = checkpoint.tensors[name]
-        if info.shape != shape:
-            raise UnsupportedModel(f"{name} has shape {list(info.shape)}, config.json asks for {list(shape)}")
-        if info.dtype not in _DTYPES:
-            raise UnsupportedModel(f"{name} is stored as {info.dtype}; supported are {', '.join(_DTYPES)}")
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most parameters are stored in."""
+    """The dtype that most parameters are stored in, FP8 matrices aside: what is computed in."""
     counts: dict[torch.dtype, int] = {}
     for info in checkpoint.tensors.values():
         if info.dtype in _DTYPES:
@@ -176,15 +184,29 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def model_fingerprint(directory: Path, config: ModelConfig) -> str:
+def _scale_tensors(config: ModelConfig, checkpoint: Checkpoint) -> set[str]:
+    """Names of the scales of FP8 matrices and pages."""
+    matrices = [
+        name.removesuffix(".weight")
+        for name, shape in expected_tensors(config).items()
+        if len(shape) == 2 and name != _EMBEDDING
+    ]
+    return scale_tensors(checkpoint.tensors, matrices, config.num_layers, config.quantization)
+
+
+def model_fingerprint(directory: Path, config: ModelConfig, quantization: str = "auto") -> str:
     """Hash of what the model computes: configuration, tensor names, shapes, dtypes, and a sample of their values.
+
+    Scales are among the tensors. `quantization` other than `auto` counts too, since it changes what is computed.
 
     Equal for copies of a checkpoint at other paths or sharded otherwise; different for different weights. Hex, 32
     characters. Raises ModelNotFound, UnsupportedModel.
     """
     digest = hashlib.blake2b(repr(config).encode(), digest_size=16, person=b"baton-model")
     with Checkpoint(directory) as checkpoint:
-        for name in sorted(expected_tensors(config)):
+        if quantization != "auto":
+            digest.update(f"quantization {quantization}\n".encode())
+        for name in sorted({*expected_tensors(config), *_scale_tensors(config, checkpoint)}):
             info = checkpoint.tensors.get(name)
             if info is None:
                 raise UnsupportedModel(f"the checkpoint lacks {name}")

@@ -17,6 +17,12 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
         str, Meta(description="names that clients use, comma-separated; default: the directory's name")
     ] = ""
     dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
+    quantization: Annotated[
+        str, Meta(description="auto: as the checkpoint is; fp8: unquantized weights become FP8 as they are loaded")
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        str, Meta(description="of KV pages: auto (as computed in) or fp8_e4m3; equal on workers that hand off")
+    ] = "auto"
     device: Annotated[str, Meta(description="auto, cpu or cuda")] = "auto"
     threads: Annotated[int, Meta(description="compute threads; 0: all cores", ge=0, le=1024)] = 0
     shared_cores: Annotated[

@@ -54,6 +54,7 @@ class WorkerMetrics:
         self.running = Gauge("baton_worker_running", "Sequences being computed", registry=registry)
         self.waiting = Gauge("baton_worker_waiting", "Sequences waiting", registry=registry)
         self.pages = Gauge("baton_worker_pages", "KV pages, by state", ["state"], registry=registry)
+        self.page_bytes = Gauge("baton_worker_page_bytes", "Bytes of one KV page", ["dtype"], registry=registry)
         self.computed_tokens = Counter(
             "baton_worker_computed_tokens", "Tokens that went through the model", registry=registry
         )

@@ -107,7 +107,8 @@ class RequestTable:
         """
         if self._worker_wait_s <= 0 and not self._router.has_route(passport):
             self._metrics.rejected.labels("no_workers").inc()
-            raise NoWorkers(f"no worker can serve {passport.model!r} now", retry_after_s=5)
+            why = self._router.mismatch(passport.model)
+            raise NoWorkers(f"no worker can serve {passport.model!r} now{why}", retry_after_s=5)
         self.require_room(passport.model, 1, priority=passport.priority)
         live = LiveRequest(passport, affinity=affinity, on_let_go=self._let_go)
         self._live[live.request_id] = live
@@ -144,7 +145,8 @@ class RequestTable:
         self._dispatcher.serve_waiting()
         for live in self._dispatcher.overdue():
             self._metrics.rejected.labels("no_workers").inc()
-            message = f"no worker came for {live.passport.model!r} within {self._worker_wait_s:g} s"
+            why = self._router.mismatch(live.passport.model)
+            message = f"no worker came for {live.passport.model!r} within {self._worker_wait_s:g} s{why}"
             self._end(live, FinishReason.ERROR, error=message, retry_after_s=5)
 
     # what workers say

@@ -45,6 +45,19 @@ class Router:
         decoders = {w.record.fingerprint for w in self._directory.workers(model=model, role=Role.DECODE)}
         return any(w.record.fingerprint in decoders for w in self._directory.workers(model=model, role=Role.PREFILL))
 
+    def mismatch(self, model: str) -> str:
+        """How pages of the model's workers differ, as the end of a sentence; empty where some pair matches."""
+        roles = (Role.PREFILL, Role.DECODE)
+        ours, theirs = ({w.record.fingerprint for w in self._directory.workers(model=model, role=r)} for r in roles)
+        if not ours or not theirs or ours & theirs:
+            return ""
+        differing = "; ".join(
+            f"{field} is {', '.join(map(str, sorted(left)))} and {', '.join(map(str, sorted(right)))}"
+            for field in Fingerprint.__struct_fields__
+            if (left := {getattr(one, field) for one in ours}) != (right := {getattr(one, field) for one in theirs})
+        )
+        return f": pages of its prefill and decode workers differ: {differing}"
+
     def pick(self, passport: Passport, *, affinity: str = "") -> Route | None:
         """The cheapest route now, or None when there is none, or no decode worker on it has room.
 

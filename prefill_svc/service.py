@@ -73,6 +73,7 @@ async def _run(
     scheduler = PrefillScheduler(engine.pool, engine.cache, limits)
     record = opened.record(peer, Role.PREFILL, fingerprint, host=host_identity(), transports=tuple(transports))
     metrics = WorkerMetrics()
+    metrics.page_bytes.labels(fingerprint.dtype).set(opened.plan.page_bytes)
     worker = PrefillWorker(record=record, engine=engine, scheduler=scheduler, metrics=metrics)
     steps = StepLoop(scheduler, engine.runner, on_step=worker.on_step, on_scheduled=worker.on_scheduled)
     endpoint = HandOffEndpoint(

@@ -44,7 +44,11 @@ class CpuBackend(PackedBackend):
         """Single tokens by the compiled kernel, chunks by products."""
         assert isinstance(inputs, AttentionInputs)  # noqa: S101 - made by `plan_attention` of this very backend
         assert keys_values is not None  # noqa: S101 - likewise by `rotate_and_write`
-        if queries.dtype is not torch.bfloat16 or (inputs.decode is not None and self._rows is None):
+        if (
+            queries.dtype is not torch.bfloat16
+            or layer.dtype is not torch.bfloat16
+            or (inputs.decode is not None and self._rows is None)
+        ):
             return attend(queries, keys_values, layer, inputs)
         num_tokens, num_heads, head_dim = queries.shape
         output = torch.empty(num_tokens, num_heads * head_dim, dtype=queries.dtype)

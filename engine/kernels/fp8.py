@@ -1,7 +1,6 @@
-"""Quantisation to FP8 e4m3 (arXiv 2209.05433) with one scale per tensor, per row or per tile.
+"""Quantisation to FP8 e4m3 with one scale per tensor, per row or per tile; `engine.fp8` says what a scale is.
 
-`value = quantised * scale`. A scale is the largest magnitude it covers over 448, the largest finite e4m3 number, or 1
-where all are zero. Inputs are finite. Rounding is to nearest even. Per row serves activations (a row is a token) and
+Inputs are finite. Per row serves activations (a row is a token) and
 weights `[out, in]` (a row is an output channel); tiles of 1 x 128 for activations and 128 x 128 for weights are those
 of DeepSeek-V3 (arXiv 2412.19437, 3.3). Letters in `engine.kernels`.
 """
@@ -12,9 +11,9 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from engine.fp8 import E4M3_LARGEST, quantise, to_e4m3
 from engine.kernels.jit import kernel, power_of_two, tiles
 
-E4M3_LARGEST = 448.0
 _LARGEST = tl.constexpr(E4M3_LARGEST)
 _MOST_COLUMNS = 2048
 
@@ -37,14 +36,28 @@ def quantise_tensor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantised, scale
 
 
-def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per row: `[M, K]` e4m3 and `[M]` float32. Graph-safe. Arguments as `quantise_tensor`."""
+def quantise_rows(values: torch.Tensor, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per row: `[M, K]` e4m3 and `[M]` float32. Graph-safe.
+
+    Args:
+        values: as `quantise_tensor`.
+        scale: of all rows, known before: numbers beyond 448 times it saturate. None: each row its own.
+    """
     num_rows, num_columns = _checked(values)
     quantised = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
     scales = torch.ones(num_rows, dtype=torch.float32, device=values.device)
     if values.numel():
         tile = min(_MOST_COLUMNS, power_of_two(num_columns))
-        _quantise_rows[(num_rows,)](values, quantised, scales, values.stride(0), COLUMNS=num_columns, TILE=tile)
+        _quantise_rows[(num_rows,)](
+            values,
+            quantised,
+            scales,
+            scale or 0.0,
+            values.stride(0),
+            COLUMNS=num_columns,
+            TILE=tile,
+            MEASURES=scale is None,
+        )
     return quantised, scales
 
 
@@ -87,8 +100,11 @@ def quantise_tensor_twin(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return quantised, scales.view(-1) if scales.numel() else torch.ones(1)
 
 
-def quantise_rows_twin(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows_twin(values: torch.Tensor, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Specification of `quantise_rows`."""
+    if scale is not None:
+        scales = torch.full((values.shape[0],), scale, dtype=torch.float32, device=values.device)
+        return to_e4m3(values.to(torch.float32) / scales[:, None]), scales
     quantised, scales = quantise_tiles_twin(values, tile_rows=1, tile_columns=max(1, values.shape[1]))
     return quantised, scales.view(-1)
 
@@ -97,15 +113,7 @@ def quantise_tiles_twin(
     values: torch.Tensor, *, tile_rows: int = 128, tile_columns: int = 128
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Specification of `quantise_tiles`; here tiles may be of any size."""
-    num_rows, num_columns = values.shape
-    down, across = tiles(num_rows, tile_rows), tiles(num_columns, tile_columns)
-    padded = torch.zeros(down * tile_rows, across * tile_columns, dtype=torch.float32, device=values.device)
-    padded[:num_rows, :num_columns] = values
-    tiled = padded.view(down, tile_rows, across, tile_columns)
-    largest = tiled.abs().amax(dim=(1, 3))
-    scales = torch.where(largest > 0, largest / E4M3_LARGEST, 1.0)
-    scaled = (tiled / scales[:, None, :, None]).clamp(-E4M3_LARGEST, E4M3_LARGEST)
-    return scaled.view(padded.shape)[:num_rows, :num_columns].to(torch.float8_e4m3fn), scales
+    return quantise(values, tile_rows=tile_rows, tile_columns=tile_columns)
 
 
 def _checked(values: torch.Tensor) -> tuple[int, int]:
@@ -123,8 +131,13 @@ def _scale_of(largest: tl.tensor) -> tl.tensor:
 @kernel
 def _to_e4m3(values: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """Divide, saturate, round. Both arguments of one shape."""
-    scaled = tl.math.div_rn(values, scale)
-    return tl.minimum(tl.maximum(scaled, -_LARGEST), _LARGEST).to(tl.float8e4nv)
+    return saturate(tl.math.div_rn(values, scale))
+
+
+@kernel
+def saturate(values: tl.tensor) -> tl.tensor:
+    """Float32 to e4m3, as `engine.fp8.to_e4m3`."""
+    return tl.clamp(values, -_LARGEST, _LARGEST, tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @kernel
@@ -165,19 +178,24 @@ def _quantise_rows(
     values: tl.tensor,
     quantised: tl.tensor,
     scales: tl.tensor,
+    given: tl.tensor,
     row_stride: tl.tensor,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
+    MEASURES: tl.constexpr,
 ) -> None:
-    """One program: one row, read twice; the second time from a cache."""
+    """One program: one row, read twice unless its scale is given; the second time from a cache."""
     row = tl.program_id(0).to(tl.int64)
     source = values + row * row_stride
-    largest = tl.zeros((TILE,), tl.float32)
-    for begin in tl.range(0, COLUMNS, TILE):
-        columns = begin + tl.arange(0, TILE)
-        loaded = tl.load(source + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(loaded))
-    scale = _scale_of(tl.max(largest, axis=0, keep_dims=True))
+    if MEASURES:
+        largest = tl.zeros((TILE,), tl.float32)
+        for begin in tl.range(0, COLUMNS, TILE):
+            columns = begin + tl.arange(0, TILE)
+            loaded = tl.load(source + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(loaded))
+        scale = _scale_of(tl.max(largest, axis=0, keep_dims=True))
+    else:
+        scale = tl.zeros((1,), tl.float32) + given
     tl.store(scales + row + tl.arange(0, 1), scale)
     for begin in tl.range(0, COLUMNS, TILE):
         columns = begin + tl.arange(0, TILE)

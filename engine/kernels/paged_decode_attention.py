@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from torch.nn import functional
 
+from engine.fp8 import E4M3
 from engine.kernels.decode_plan import DecodePlan
 from engine.kernels.jit import kernel, layer_strides, power_of_two
 
@@ -26,8 +27,8 @@ def paged_decode_attention(
 
     Args:
         queries: [B, Hq, D], rotated, heads contiguous; rows may be strided.
-        layer: [N, 2, Hkv, P, D], same dtype, this step's keys and values included. Slots that no row sees may hold
-            anything, NaN included.
+        layer: [N, 2, Hkv, P, D], same dtype or e4m3, this step's keys and values included. Slots that no row sees may
+            hold anything, NaN included.
         page_tables: [B, n] int32, columns contiguous; read only where the row has tokens.
         plan: of the B rows.
 
@@ -37,7 +38,7 @@ def paged_decode_attention(
     page_stride, half_stride, head_stride = layer_strides(layer)
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads, page_size = layer.shape[2], layer.shape[3]
-    if num_heads % num_kv_heads or layer.shape[4] != head_dim or queries.dtype != layer.dtype:
+    if num_heads % num_kv_heads or layer.shape[4] != head_dim or layer.dtype not in (queries.dtype, E4M3):
         raise ValueError(f"queries {list(queries.shape)} {queries.dtype}, layer {list(layer.shape)} {layer.dtype}")
     if queries.stride(2) != 1 or queries.stride(1) != head_dim or page_tables.stride(-1) != 1:
         raise ValueError(f"strides {list(queries.stride())} of queries, {list(page_tables.stride())} of page tables")
@@ -99,7 +100,7 @@ def paged_decode_attention_twin(
         first = 0 if window is None else max(0, length - window)
         positions = torch.arange(first, length, device=layer.device)
         pages = page_tables[row].to(torch.int64)[positions // page_size]
-        keys_values = layer[pages, :, :, positions % page_size]  # [S, 2, Hkv, D]
+        keys_values = layer[pages, :, :, positions % page_size].to(queries.dtype)  # [S, 2, Hkv, D]
         keys, values = keys_values.permute(1, 2, 0, 3)
         output[row] = functional.scaled_dot_product_attention(
             queries[row].unsqueeze(1), keys, values, enable_gqa=True
@@ -157,8 +158,8 @@ def _attend(
             pages = tl.load(page_tables + row * table_stride + positions // PAGE_SIZE, mask=visible, other=0)
             slots = pages.to(tl.int64) * page_stride + (positions % PAGE_SIZE) * HEAD_DIM
             seen = visible[:, None] & is_dim[None, :]
-            key = tl.load(keys + slots[:, None], mask=seen, other=0.0)
-            value = tl.load(keys + half_stride + slots[:, None], mask=seen, other=0.0)
+            key = tl.load(keys + slots[:, None], mask=seen, other=0.0).to(query.dtype)
+            value = tl.load(keys + half_stride + slots[:, None], mask=seen, other=0.0).to(query.dtype)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
             scores = tl.where(visible[None, :], scores, float("-inf"))
             higher = tl.maximum(best, tl.max(scores, axis=1))

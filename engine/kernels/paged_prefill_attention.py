@@ -17,6 +17,7 @@ import torch
 import triton.language as tl
 from torch.nn import functional
 
+from engine.fp8 import E4M3
 from engine.kernels.jit import kernel, layer_strides, power_of_two
 
 _SMALLEST_DOT = 16
@@ -86,8 +87,8 @@ def paged_prefill_attention(
 
     Args:
         queries: [T, Hq, D], rotated, heads contiguous; tokens may be strided.
-        layer: [N, 2, Hkv, P, D], same dtype, this step's keys and values included. Slots that no query sees may hold
-            anything, NaN included.
+        layer: [N, 2, Hkv, P, D], same dtype or e4m3, this step's keys and values included. Slots that no query sees
+            may hold anything, NaN included.
         page_tables: [B, n] int32, columns contiguous; read only where the row has tokens.
         plan: of the B rows; covers the T tokens.
 
@@ -97,7 +98,7 @@ def paged_prefill_attention(
     page_stride, half_stride, head_stride = layer_strides(layer)
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads, page_size = layer.shape[2], layer.shape[3]
-    if num_heads != num_kv_heads * plan.group or layer.shape[4] != head_dim or queries.dtype != layer.dtype:
+    if num_heads != num_kv_heads * plan.group or layer.shape[4] != head_dim or layer.dtype not in (queries.dtype, E4M3):
         raise ValueError(
             f"queries {list(queries.shape)} {queries.dtype}, layer {list(layer.shape)} {layer.dtype}, "
             f"group {plan.group}"
@@ -147,7 +148,8 @@ def paged_prefill_attention_twin(
     for row, (count, start) in enumerate(zip(counts, starts, strict=True)):
         positions = torch.arange(start + count, device=layer.device)
         pages = page_tables[row].to(torch.int64)[positions // page_size]
-        keys, values = layer[pages, :, :, positions % page_size].permute(1, 2, 0, 3)  # [Hkv, S, D] each
+        keys_values = layer[pages, :, :, positions % page_size].to(queries.dtype)
+        keys, values = keys_values.permute(1, 2, 0, 3)  # [Hkv, S, D] each
         at = torch.arange(start, start + count, device=layer.device).unsqueeze(1)
         visible = positions <= at
         if window is not None:
@@ -272,8 +274,8 @@ def _attend_tile(
         seen = (positions >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
     slots = pages.to(tl.int64) * page_stride + (positions % PAGE_SIZE) * HEAD_DIM
     source = keys + slots[:, None] + dims[None, :]
-    key = tl.load(source, mask=seen, other=0.0)
-    value = tl.load(source + half_stride, mask=seen, other=0.0)
+    key = tl.load(source, mask=seen, other=0.0).to(query.dtype)
+    value = tl.load(source + half_stride, mask=seen, other=0.0).to(query.dtype)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     if MASKED:
         visible = positions[None, :] <= at[:, None]

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from engine.fp8 import E4M3, to_e4m3
+from engine.kernels.fp8 import saturate
 from engine.kernels.jit import kernel, layer_strides, power_of_two, tiles
 from engine.kernels.rms_norm import rms_norm_twin
 from engine.rope import rotate
@@ -32,7 +34,7 @@ def rotary_page_write(
         angles: [A, D] contiguous, any float dtype: D / 2 cosines, then D / 2 sines of the pairs `(i, i + D / 2)`.
         angle_rows: [T] int32 or int64, each token's row of `angles`: its position where the table covers positions.
         slots: [T] int64, where each token's keys and values go; a negative one stores nothing (a graph's padding).
-        layer: [N, 2, Hkv, P, D] of the dtype of `qkv`; mutated. Two tokens never share a slot.
+        layer: [N, 2, Hkv, P, D] of the dtype of `qkv`, or saturating e4m3; mutated. Two tokens never share a slot.
         num_heads: Hq.
         query_norm: [D], with `key_norm` or not at all (Qwen3).
         key_norm: [D].
@@ -44,7 +46,7 @@ def rotary_page_write(
     stride_page, stride_half, stride_head = layer_strides(layer)
     num_kv_heads, page_size, head_dim = layer.shape[2:]
     num_tokens, total_heads = qkv.shape[0], num_heads + 2 * num_kv_heads
-    if qkv.shape[1] != total_heads * head_dim or qkv.stride(1) != 1 or qkv.dtype != layer.dtype:
+    if qkv.shape[1] != total_heads * head_dim or qkv.stride(1) != 1 or layer.dtype not in (qkv.dtype, E4M3):
         raise ValueError(f"{list(qkv.shape)} {qkv.dtype} is not {total_heads} heads of {head_dim} for {layer.dtype}")
     if head_dim % 2 or angles.shape[1] != head_dim or not angles.is_contiguous():
         raise ValueError(f"angles {list(angles.shape)} do not turn heads of {head_dim}")
@@ -78,6 +80,7 @@ def rotary_page_write(
         HEAD_TILE=head_tile,
         HALF_TILE=half_tile,
         NORMS=query_norm is not None,
+        FP8=layer.dtype is E4M3,
     )
     return queries
 
@@ -106,7 +109,8 @@ def rotary_page_write_twin(
     keys = rotate(keys.to(torch.float32), cos, sin).to(qkv.dtype)
     kept = slots >= 0
     pages, offsets = slots[kept] // page_size, slots[kept] % page_size
-    layer[pages, :, :, offsets] = torch.stack((keys, values), dim=1)[kept]
+    stored = torch.stack((keys, values), dim=1)[kept]
+    layer[pages, :, :, offsets] = to_e4m3(stored) if layer.dtype is E4M3 else stored
     return queries
 
 
@@ -132,6 +136,7 @@ def _rotary_page_write(
     HEAD_TILE: tl.constexpr,
     HALF_TILE: tl.constexpr,
     NORMS: tl.constexpr,
+    FP8: tl.constexpr,
 ) -> None:
     """One program: HEAD_TILE heads of one token, whichever of queries, keys and values they are."""
     num_pairs: tl.constexpr = HEAD_DIM // 2
@@ -173,6 +178,10 @@ def _rotary_page_write(
         half = (kv_head >= NUM_KV_HEADS).to(tl.int64)
         head = (kv_head - half * NUM_KV_HEADS).to(tl.int64)
         page = layer + (slot // PAGE_SIZE) * page_stride + (slot % PAGE_SIZE) * HEAD_DIM
-        target = page + half * half_stride + head * head_stride + pairs
-        tl.store(target, turned_first, mask=inside & (heads >= NUM_HEADS))
-        tl.store(target + num_pairs, turned_second, mask=inside & (heads >= NUM_HEADS))
+        in_page = page + half * half_stride + head * head_stride + pairs
+        if FP8:
+            stored_first, stored_second = saturate(turned_first.to(tl.float32)), saturate(turned_second.to(tl.float32))
+        else:
+            stored_first, stored_second = turned_first, turned_second
+        tl.store(in_page, stored_first, mask=inside & (heads >= NUM_HEADS))
+        tl.store(in_page + num_pairs, stored_second, mask=inside & (heads >= NUM_HEADS))

@@ -43,13 +43,15 @@ class Driver:
     The NaN prove that nothing is read that no row has written: attention over a stray slot would spread them.
     """
 
-    def __init__(self, directory: Path, *, dtype: str = "float32", page_size: int = 4, num_pages: int = 256) -> None:
-        self.model: LoadedModel = load_model(directory, dtype)
+    def __init__(
+        self, directory: Path, *, dtype: str = "float32", page_size: int = 4, num_pages: int = 256, **how: str
+    ) -> None:
+        self.model: LoadedModel = load_model(directory, dtype, **how)
         self.pool = allocate_pool(
             config=self.model.config,
             num_pages=num_pages,
             page_size=page_size,
-            dtype=self.model.dtype,
+            dtype=self.model.kv_dtype,
             device=torch.device("cpu"),
         ).fill_(torch.nan)
         self.page_size = page_size

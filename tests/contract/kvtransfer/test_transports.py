@@ -108,8 +108,11 @@ async def test_where_all_are_full_the_giver_waits_and_succeeds_later(transport: 
         await until(lambda: taker.bank.adopted)
 
 
-async def test_a_layout_mismatch_moves_no_byte_and_names_both(transport: str, directory: Directory) -> None:
-    other = msgspec.structs.replace(FINGERPRINT, num_layers=1, head_dim=8)
+@pytest.mark.parametrize("change", [{"num_layers": 1, "head_dim": 8}, {"dtype": "float8_e4m3fn"}])
+async def test_a_layout_mismatch_moves_no_byte_and_names_both(
+    change: dict[str, int | str], transport: str, directory: Directory
+) -> None:
+    other = msgspec.structs.replace(FINGERPRINT, **change)
     async with (
         Side("p", transport, directory) as giver,
         Side("d", transport, directory, fingerprint=other) as taker,

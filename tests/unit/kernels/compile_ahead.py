@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from engine.candidates import Cuts
 from engine.kernels.decode_plan import plan_decode
 from engine.kernels.fp8 import quantise_rows, quantise_tensor, quantise_tiles
+from engine.kernels.fp8_product import fp8_tile_product
 from engine.kernels.paged_decode_attention import paged_decode_attention
 from engine.kernels.paged_prefill_attention import paged_prefill_attention, plan_prefill
 from engine.kernels.pages import gather_pages
@@ -78,28 +79,33 @@ def _resources(compiled: Any) -> dict[str, int]:
     return {"shared_bytes": compiled.metadata.shared, "registers": registers, "stack_bytes": stack}
 
 
-def compile_all(capability: int) -> None:
-    """One launch of each kernel, shapes of Qwen3-8B (32 query heads, 8 key heads of 128) unless it says otherwise."""
+def compile_over_pages(layer: torch.Tensor, head_norm: torch.Tensor) -> None:
+    """What writes and reads pages."""
     cpu = torch.device("cpu")
-    hidden, weight = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
-    rms_norm(hidden, weight, 1e-6)
-    add_rms_norm(hidden, hidden, weight, 1e-6)
-    silu_mul(torch.empty(4, 2 * 12288, dtype=torch.bfloat16))
-
-    pool = torch.empty(8, 2, 2, 8, 16, 128, dtype=torch.bfloat16)
-    layer, head_norm = pool[:, 1], torch.empty(128, dtype=torch.bfloat16)
     qkv, places = torch.empty(4, 48 * 128, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
     angles = torch.empty(64, 128)
     queries = rotary_page_write(
         qkv, angles, places, places, layer, num_heads=32, query_norm=head_norm, key_norm=head_norm
     )
-    gather_pages(pool, places[:2], torch.empty_like(pool[:2]))
     tables = torch.zeros(4, 8, dtype=torch.int32)
     paged_decode_attention(queries, layer, tables, plan_decode([100, 0, 7, 1], window=None, num_programs=4, device=cpu))
     for window in (None, 32):
         plan = plan_prefill([3, 0, 1, 0], [9, 0, 0, 0], group=4, window=window, device=cpu)
         paged_prefill_attention(queries, layer, tables, plan)
 
+
+def compile_all(capability: int) -> None:
+    """One launch of each kernel, shapes of Qwen3-8B (32 query heads, 8 key heads of 128) unless it says otherwise."""
+    hidden, weight = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
+    rms_norm(hidden, weight, 1e-6)
+    add_rms_norm(hidden, hidden, weight, 1e-6)
+    silu_mul(torch.empty(4, 2 * 12288, dtype=torch.bfloat16))
+
+    pool = torch.empty(8, 2, 2, 8, 16, 128, dtype=torch.bfloat16)
+    head_norm = torch.empty(128, dtype=torch.bfloat16)
+    compile_over_pages(pool[:, 1], head_norm)
+    places = torch.zeros(4, dtype=torch.int64)
+    gather_pages(pool, places[:2], torch.empty_like(pool[:2]))
     logits, ints = torch.empty(4, 151936), torch.zeros(4, dtype=torch.int32)
     numbers = torch.ones(4)
     edit_logits(
@@ -112,7 +118,12 @@ def compile_all(capability: int) -> None:
         quantise_tensor(hidden)
         quantise_rows(hidden)
         quantise_tiles(hidden)
-        quantise_tiles(hidden, tile_rows=1)
+        quantise_rows(hidden, 0.1)
+        scales = torch.empty(32, 32)
+        for rows in (1, 256):
+            values, of_rows = quantise_tiles(torch.empty(rows, 4096, dtype=torch.bfloat16), tile_rows=1)
+            fp8_tile_product(values, of_rows, torch.empty(4096, 4096, dtype=torch.float8_e4m3fn), scales)
+        compile_over_pages(pool.to(torch.float8_e4m3fn)[:, 1], head_norm)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def poisoned_pool(
     dtype: torch.dtype,
     device: torch.device,
     first_seen: list[int] | None = None,
+    page_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer out of three with scattered pages, and page tables `[B, n]` int32.
 
@@ -48,4 +49,4 @@ def poisoned_pool(
             pool[pages[position // page_size], :, :, :, position % page_size] = torch.randn(
                 3, 2, num_kv_heads, head_dim
             )
-    return pool.to(device, dtype)[:, 1], tables.to(device)
+    return pool.to(device, page_dtype or dtype)[:, 1], tables.to(device)
