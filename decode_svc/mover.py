@@ -22,6 +22,7 @@ from engine.decode_scheduler import DecodeScheduler
 from engine.pages import PagePool, pages_for
 from engine.sequence import Phase, Sequence
 from fleet.logs import get_logger
+from fleet.messages import MoveReason
 from fleet.types import PeerRef
 from fleet.worker_metrics import WorkerMetrics
 from kvtransfer.actions import Committing, FailReason, Given, Granted, HandOffFailed, TargetRefused
@@ -51,7 +52,7 @@ class Consequences:
         freed: a sequence may have left, or runs again; pages may have become free.
     """
 
-    committing: Callable[[Sequence, PeerRef, str], None]
+    committing: Callable[[Sequence, PeerRef, str, MoveReason], None]
     give_back: Callable[[Sequence, str], None]
     freed: Callable[[], None]
 
@@ -71,6 +72,7 @@ class _Move:
 
     sequence: Sequence
     num_pages: int
+    reason: MoveReason
     offered_s: float
     shared: list[int] = field(default_factory=list)
     granted_s: float | None = None
@@ -82,8 +84,9 @@ class _Move:
 class Mover:
     """The giving half of a decode worker. Everything happens on the event loop's thread, nothing here waits.
 
-    The worker calls `tick` now and then while it wants to be rid of its sequences, `on_booked` whenever no plan is in
-    flight, and `forget` for each sequence that ends here; the hand-offs' news come as in `HandOffEvents`.
+    The worker calls `tick` now and then while it wants to be rid of all its sequences, or `offer` for some of them and
+    `call_off` now and then; `on_booked` whenever no plan is in flight, and `forget` for each sequence that ends here.
+    The hand-offs' news come as in `HandOffEvents`.
 
     Args:
         pool: of the pages.
@@ -121,42 +124,51 @@ class Mover:
         """Hand-offs that have not ended."""
         return len(self._moves)
 
+    def is_moving(self, sequence: Sequence) -> bool:
+        """Whether a hand-off of it has not ended."""
+        return _key(sequence) in self._moves
+
     # the worker's calls
 
-    def tick(self) -> None:
-        """Call off what has lost its grant or never got one; offer the sequences with the longest way to go."""
+    def call_off(self) -> None:
+        """Let go on here what has lost its grant or never got one."""
         now_s = self._clock()
         for move in list(self._moves.values()):
             if move.committed_s is not None or move.withdrawn or self._lag(move) is not None:
                 continue
             if move.granted_s is not None or now_s - move.offered_s >= OFFER_S:
                 self._withdraw(move)
+
+    def tick(self, reason: MoveReason) -> None:
+        """Call off what goes nowhere; offer the sequences with the longest way to go to the peers whose turn it is."""
+        self.call_off()
         waiting = [s for s in self._scheduler.sequences() if s.phase is Phase.RUNNING]
-        waiting.sort(key=lambda s: (self._turns.get(_key(s), 0), -self._num_to_come(s)))
+        waiting.sort(key=lambda s: (self._turns.get(_key(s), 0), -self.num_to_come(s)))
         moving = {request_id for request_id, _ in self._moves}
         for sequence in waiting:
             if len(self._moves) >= MAX_MOVING:
                 break
             if sequence.request_id not in moving:  # another epoch of it may be on its way
                 moving.add(sequence.request_id)
-                self._offer(sequence, now_s)
+                turn = self._turns.get(_key(sequence), 0)
+                self.offer(sequence, self._pick(turn), reason)
 
-    def _num_to_come(self, sequence: Sequence) -> int:
+    def num_to_come(self, sequence: Sequence) -> int:
+        """Tokens that it may still say."""
         return self._end_of(sequence) - len(sequence.token_ids)
 
     def _end_of(self, sequence: Sequence) -> int:
         return min(sequence.prompt_len + sequence.params.max_tokens, self._max_model_len)
 
-    def _offer(self, sequence: Sequence, now_s: float) -> None:
-        key = _key(sequence)
-        turn = self._turns.get(key, 0)
-        targets = self._pick(turn)
+    def offer(self, sequence: Sequence, targets: list[PeerRef], reason: MoveReason) -> None:
+        """Ask these peers for room, if there are any. Requires: no hand-off of the request is open."""
         if not targets:
             return
-        self._turns[key] = turn + 1
+        key = _key(sequence)
+        self._turns[key] = self._turns.get(key, 0) + 1
         num_used = len(sequence.page_table)
         wanted = min(num_used + SLACK_PAGES, pages_for(self._end_of(sequence), self._pool.page_size))
-        move = self._moves[key] = _Move(sequence, max(num_used, wanted), offered_s=now_s)
+        move = self._moves[key] = _Move(sequence, max(num_used, wanted), reason, offered_s=self._clock())
         self.endpoint.offer(
             sequence.to_passport(),
             page_hashes=sequence.page_hashes,
@@ -226,7 +238,7 @@ class Mover:
         """The Commit goes out next: the gateway must know the taker, and this worker is silent from then on."""
         move = self._moves[news.request_id, news.epoch]
         move.committed_s = self._clock()
-        self.do.committing(move.sequence, news.taker, news.transport)
+        self.do.committing(move.sequence, news.taker, news.transport, move.reason)
 
     def given(self, news: Given) -> None:
         """The taker holds the sequence now."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from decode_svc.balance import Room
 from fleet.logs import get_logger
 from fleet.redis_client import UNAVAILABLE
 from fleet.registry import Registry
@@ -42,6 +43,7 @@ class Peers:
         self._clock = clock
         self._seen: dict[PeerRef, _Seen] = {}
         self._picked: Counter[PeerRef] = Counter()
+        self._picked_pages: Counter[PeerRef] = Counter()
         self._wanted = asyncio.Event()
 
     async def run(self) -> None:
@@ -71,6 +73,7 @@ class Peers:
         now_s = self._clock()
         me = self._me
         self._picked.clear()
+        self._picked_pages.clear()
         self._seen = {
             record.peer: _Seen(record, self._seen[record.peer].since_s if record.peer in self._seen else now_s)
             for record in records
@@ -84,8 +87,7 @@ class Peers:
 
         Mutates: the first one counts as busier until the registry is read again.
         """
-        settled_s = self._clock() - self._lease_s / 2
-        known = [seen.record for seen in self._seen.values() if seen.since_s <= settled_s]
+        known = self._known()
         known.sort(key=lambda record: (self._load(record), record.peer.name))
         if not known:
             return []
@@ -93,6 +95,27 @@ class Peers:
         peers = [record.peer for record in known[first:] + known[:first]]
         self._picked[peers[0]] += 1
         return peers
+
+    def rooms(self) -> dict[PeerRef, Room]:
+        """What each peer holds, with what was booked on it since the registry was read."""
+        return {
+            record.peer: Room(
+                num_seqs=record.load.num_running + record.load.num_waiting + self._picked[record.peer],
+                max_num_seqs=record.max_num_seqs,
+                num_used_pages=record.num_pages - record.load.free_pages + self._picked_pages[record.peer],
+                num_pages=record.num_pages,
+            )
+            for record in self._known()
+        }
+
+    def book(self, peer: PeerRef, num_pages: int) -> None:
+        """A sequence is offered to it. Mutates: it counts as so much fuller until the registry is read again."""
+        self._picked[peer] += 1
+        self._picked_pages[peer] += num_pages
+
+    def _known(self) -> list[WorkerRecord]:
+        settled_s = self._clock() - self._lease_s / 2
+        return [seen.record for seen in self._seen.values() if seen.since_s <= settled_s]
 
     def _load(self, record: WorkerRecord) -> float:
         load = record.load

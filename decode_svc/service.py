@@ -7,6 +7,7 @@ import asyncio
 from decode_svc.bank import DecodeBank
 from decode_svc.mover import Mover
 from decode_svc.peers import Peers
+from decode_svc.rebalancer import Rebalancer
 from decode_svc.worker import DecodeWorker
 from engine.assembly import OpenModel, open_model, resolve_device
 from engine.decode_scheduler import DecodeScheduler
@@ -89,6 +90,14 @@ async def _run(
         max_model_len=opened.plan.max_model_len,
         pick=peers.pick,
     )
+    rebalancer = Rebalancer(
+        scheduler=scheduler,
+        pool=engine.pool,
+        mover=mover,
+        peers=peers,
+        max_num_seqs=settings.max_num_seqs,
+        gap=settings.rebalance_gap,
+    )
     worker = DecodeWorker(record=record, engine=engine, scheduler=scheduler, mover=mover, metrics=metrics)
     steps = StepLoop(scheduler, engine.runner, on_step=worker.on_step, on_scheduled=worker.on_scheduled)
     endpoint = HandOffEndpoint(
@@ -115,6 +124,8 @@ async def _run(
     worker.endpoint = mover.endpoint = endpoint
     worker.link = link
     worker.wake, worker.ask_to_leave, worker.look_for_peers = steps.wake, departure.ask, peers.want
+    worker.stop_rebalancing = rebalancer.stop
+    balancing = (rebalancer.run(),) if settings.rebalance else ()
     try:
         await run_worker(
             worker,
@@ -122,7 +133,7 @@ async def _run(
             link=link,
             departure=departure,
             settings=settings,
-            parts=(steps.run(), endpoint.run(), peers.run()),
+            parts=(steps.run(), endpoint.run(), peers.run(), *balancing),
             close_hand_offs=lambda: endpoint.close(CLOSE_HAND_OFFS_S),
         )
     finally:

@@ -60,8 +60,8 @@ class DecodeWorker:
     """Joins scheduler and hand-offs. Everything happens on the event loop's thread, nothing here waits.
 
     Implements `kvtransfer.events.HandOffEvents`; what concerns giving goes on to the mover. The service sets `link`,
-    `endpoint`, `wake`, `ask_to_leave` and `look_for_peers`: the ways to the gateways, to the hand-offs, to the step
-    loop, out, and to those who could go on with its sequences.
+    `endpoint`, `wake`, `ask_to_leave`, `look_for_peers` and `stop_rebalancing`: the ways to the gateways, to the
+    hand-offs, to the step loop, out, and to those who could go on with its sequences.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class DecodeWorker:
         self._mover = mover
         self._metrics = metrics
         self._draining = False
-        self._leaving_for = MoveReason.DRAIN
         self._news = asyncio.Event()
         self._adopted_s: dict[Sequence, float] = {}  # without a token of their own yet
         self.link: WorkerLink
@@ -87,6 +86,7 @@ class DecodeWorker:
         self.wake: Callable[[], None]
         self.ask_to_leave: AskToLeave
         self.look_for_peers: Callable[[], None]
+        self.stop_rebalancing: Callable[[], None]
         mover.do = Consequences(committing=self._committing, give_back=self._give_back, freed=self._freed)
 
     # messages
@@ -209,14 +209,14 @@ class DecodeWorker:
         )
         self.link.publish(passport.gateway, finished)
 
-    def _committing(self, sequence: Sequence, taker: PeerRef, transport: str) -> None:
+    def _committing(self, sequence: Sequence, taker: PeerRef, transport: str, reason: MoveReason) -> None:
         """From the Commit on both workers matter to the request."""
         event = HandingOff(
             request_id=sequence.request_id,
             epoch=sequence.epoch,
             taker=taker,
             transport=transport,
-            reason=self._leaving_for,
+            reason=reason,
         )
         self.link.publish(sequence.passport.gateway, event)
         self.link.flush()
@@ -299,12 +299,12 @@ class DecodeWorker:
         """
         self._draining = True
         self.endpoint.drain()
+        self.stop_rebalancing()
         self.look_for_peers()
         self.link.beat_now()
-        self._leaving_for = departure.reason
         while self._num_held and (left_s := departure.left_s) > 0:
             self._news.clear()
-            self._mover.tick()
+            self._mover.tick(departure.reason)
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(TICK_S, left_s)):
                     await self._news.wait()

@@ -14,7 +14,7 @@ and is given back where nothing of ours holds any; hence the first in order alwa
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 
 from engine.errors import AlreadyFinished, OutOfPages, SequenceTooLong
@@ -76,6 +76,11 @@ class DecodeScheduler:
         """Sequences that hold pages but are out of the batch."""
         return len(self._paused)
 
+    def num_wanted_pages(self, sequences: Iterable[Sequence]) -> int:
+        """Pages that these sequences may want beyond theirs within the limits' lookahead."""
+        growing = ((s.passport, len(s.token_ids), len(s.page_table)) for s in sequences)
+        return sum(growth_pages(*one, page_size=self._pool.page_size, limits=self._limits) for one in growing)
+
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that is here: running or paused."""
         return iter(self._sequences)
@@ -114,10 +119,10 @@ class DecodeScheduler:
             return None
         num_spare = 0
         if num_seats_taken:
-            growing = [(s.passport, len(s.token_ids), len(s.page_table)) for s in self._running]
-            growing += [(r.passport, len(r.passport.token_ids), r.num_pages) for r in self._reservations.open()]
+            growing = [(r.passport, len(r.passport.token_ids), r.num_pages) for r in self._reservations.open()]
             growing.append((passport, num_tokens, num_pages))
             promised = sum(growth_pages(*one, page_size=page_size, limits=self._limits) for one in growing)
+            promised += self.num_wanted_pages(self._running)
             num_spare = max(self._limits.watermark_pages, promised)
         if passport.next_index > 0:
             # A giver that decodes has not computed its last token, so a page that ends with it is not to be held.

@@ -107,6 +107,7 @@ class MoveReason(StrEnum):
     PREFILLED = "prefilled"
     DRAIN = "drain"
     RECLAIM = "reclaim"
+    REBALANCE = "rebalance"
 
 
 class HandingOff(BusMessage, frozen=True, kw_only=True):

@@ -78,6 +78,17 @@ class DecodeSettings(WorkerSettings, frozen=True, kw_only=True, forbid_unknown_f
         Meta(description="output tokens per sequence for which an admission leaves room; more preempts less", ge=0),
     ] = 128
     watermark_pages: Annotated[int, Meta(description="pages that an admission leaves free", ge=0)] = 0
+    rebalance: Annotated[
+        bool, Meta(description="move sequences to emptier decode workers when short of pages or much fuller than they")
+    ] = True
+    rebalance_gap: Annotated[
+        float,
+        Meta(
+            description="how much fuller than the emptiest one is much, as a share of seats or pages",
+            ge=0.05,
+            le=1,
+        ),
+    ] = 0.4
 
 
 class GatewaySettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):

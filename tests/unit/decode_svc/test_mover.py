@@ -14,6 +14,7 @@ from engine.limits import DecodeLimits
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.sequence import Phase, Sequence
+from fleet.messages import MoveReason
 from fleet.types import Passport, PeerRef, SamplingParams
 from fleet.worker_metrics import WorkerMetrics
 from kvtransfer.actions import Committing, FailReason, Given, Granted, HandOffFailed
@@ -112,7 +113,7 @@ class Bench:
         )
         self.mover.endpoint = cast("HandOffEndpoint", self.endpoint)
         self.mover.do = Consequences(
-            committing=lambda sequence, _taker, _transport: self.committing.append(sequence.request_id),
+            committing=lambda sequence, _taker, _transport, _reason: self.committing.append(sequence.request_id),
             give_back=lambda sequence, reason: self.given_back.append((sequence.request_id, reason)),
             freed=lambda: None,
         )
@@ -141,7 +142,7 @@ class Bench:
 
     def pass_s(self, seconds: float) -> None:
         self.now_s += seconds
-        self.mover.tick()
+        self.mover.tick(MoveReason.DRAIN)
 
     def finish(self) -> None:
         """Whatever happened, nothing is left of it."""
@@ -164,7 +165,7 @@ A = ("a", 0)
 def test_a_sequence_decodes_on_until_little_is_left_and_then_leaves_whole(bench: Bench) -> None:
     sequence = bench.start("a")
     bench.step()
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     passport, num_pages, targets = bench.endpoint.offers[A]
     assert (passport.token_ids, targets) == (sequence.token_ids, [PEER])
     assert num_pages == len(sequence.page_table) + SLACK_PAGES
@@ -193,7 +194,7 @@ def test_a_sequence_decodes_on_until_little_is_left_and_then_leaves_whole(bench:
 
 def test_nobody_moves_before_it_has_said_a_token_here(bench: Bench) -> None:
     sequence = bench.start("a")
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.grant(A)
     bench.mover.on_booked()
     assert bench.endpoint.commits == {}
@@ -205,7 +206,7 @@ def test_nobody_moves_before_it_has_said_a_token_here(bench: Bench) -> None:
 
 def test_a_growing_backlog_is_cut_short(bench: Bench) -> None:
     sequence = bench.start("a")
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.grant(A, lag=9)
     bench.step()
     assert sequence.phase is Phase.RUNNING
@@ -218,21 +219,21 @@ def test_a_growing_backlog_is_cut_short(bench: Bench) -> None:
 def test_the_longest_way_to_go_leaves_first_and_few_at_once(bench: Bench) -> None:
     for number in range(MAX_MOVING + 2):
         bench.start(f"r{number}", max_tokens=10 + number, prompt=3)
-    bench.mover.tick()
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
+    bench.mover.tick(MoveReason.DRAIN)
     assert [key[0] for key in bench.endpoint.offers] == [f"r{MAX_MOVING + 1 - place}" for place in range(MAX_MOVING)]
     bench.endpoint.grant(("r5", 0))
     bench.step()
     bench.endpoint.accept(("r5", 0))
     bench.endpoint.ack(("r5", 0))
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     assert ("r1", 0) in bench.endpoint.offers
     bench.finish()
 
 
 def test_no_more_pages_are_asked_for_than_it_can_ever_want(bench: Bench) -> None:
     bench.start("a", prompt=6, max_tokens=3)
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     assert bench.endpoint.offers[A][1] == 3
     bench.finish()
 
@@ -240,7 +241,7 @@ def test_no_more_pages_are_asked_for_than_it_can_ever_want(bench: Bench) -> None
 def test_an_offer_that_nobody_grants_is_made_anew(bench: Bench) -> None:
     sequence = bench.start("a")
     bench.start("b", max_tokens=5)
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.pass_s(OFFER_S / 2)
     assert bench.endpoint.cancelled == []
     bench.step()
@@ -256,7 +257,7 @@ def test_without_peers_everything_decodes_on(bench: Bench) -> None:
     bench.peers = []
     sequence = bench.start("a", max_tokens=3)
     for _ in range(5):
-        bench.mover.tick()
+        bench.mover.tick(MoveReason.DRAIN)
         bench.step()
     assert (bench.endpoint.offers, sequence.phase) == ({}, Phase.DONE)
     bench.finish()
@@ -264,12 +265,12 @@ def test_without_peers_everything_decodes_on(bench: Bench) -> None:
 
 def test_a_grant_that_it_has_outgrown_is_sent_back(bench: Bench) -> None:
     sequence = bench.start("a")
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     for _ in range((SLACK_PAGES + 1) * PAGE_SIZE):
         bench.step()
     bench.endpoint.grant(A)
     assert bench.endpoint.cancelled == [A]
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     assert bench.endpoint.offers[A][1] == len(sequence.page_table) + SLACK_PAGES
     bench.finish()
 
@@ -277,7 +278,7 @@ def test_a_grant_that_it_has_outgrown_is_sent_back(bench: Bench) -> None:
 @pytest.mark.parametrize("slowly", [False, True])
 def test_a_taker_lost_before_the_commit_lets_it_run_on(bench: Bench, slowly: bool) -> None:
     sequence = bench.start("a")
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.grant(A)
     bench.step()
     assert sequence.phase is Phase.PAUSED
@@ -299,7 +300,7 @@ def test_a_taker_lost_before_the_commit_lets_it_run_on(bench: Bench, slowly: boo
 
 def test_after_the_commit_only_a_replay_may_go_on(bench: Bench) -> None:
     sequence = bench.start("a")
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.grant(A)
     bench.step()
     bench.endpoint.accept(A)
@@ -314,7 +315,7 @@ def test_after_the_commit_only_a_replay_may_go_on(bench: Bench) -> None:
 @pytest.mark.parametrize("reason", [FailReason.CANCELLED, FailReason.STALE])
 def test_a_request_that_is_over_elsewhere_is_dropped_in_silence(bench: Bench, reason: FailReason) -> None:
     sequence = bench.start("a")
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.fail(A, reason)
     assert (sequence.phase, bench.given_back) == (Phase.DONE, [])
     bench.finish()
@@ -322,17 +323,17 @@ def test_a_request_that_is_over_elsewhere_is_dropped_in_silence(bench: Bench, re
 
 def test_a_refusal_for_good_is_no_end(bench: Bench) -> None:
     sequence = bench.start("a")
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.fail(A, FailReason.REFUSED)
     assert sequence.phase is Phase.RUNNING
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     assert A in bench.endpoint.offers
     bench.finish()
 
 
 def test_an_end_here_calls_the_move_off(bench: Bench) -> None:
     sequence = bench.start("a", max_tokens=3)
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.grant(A, lag=9)
     bench.step()
     bench.step()
@@ -344,7 +345,7 @@ def test_an_end_here_calls_the_move_off(bench: Bench) -> None:
 def test_pages_of_a_cancelled_sequence_outlive_it_until_nobody_reads_them(bench: Bench) -> None:
     sequence = bench.start("a", prompt=12)
     bench.step()
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.grant(A, lag=3)
     bench.endpoint.drain_slowly = True
     bench.step()
@@ -361,7 +362,7 @@ def test_pages_of_a_cancelled_sequence_outlive_it_until_nobody_reads_them(bench:
 def test_one_epoch_of_a_request_moves_at_a_time(bench: Bench) -> None:
     bench.start("a", epoch=0)
     bench.start("a", epoch=1)
-    bench.mover.tick()
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
+    bench.mover.tick(MoveReason.DRAIN)
     assert len(bench.endpoint.offers) == 1
     bench.finish()
