@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import quantiles
 
@@ -74,6 +76,12 @@ class Bench:
     def on_sent(self, request_id: str, _index: int, at_s: float) -> None:
         """A token left the mock."""
         self.sent.setdefault(request_id, []).append(at_s)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.received.clear()
+        self.sent.clear()
+        self.order.clear()
 
     async def stream(self, max_tokens: int) -> tuple[float, list[float], int]:
         """One streamed completion: when it was sent, when each event came, and how many bytes."""
@@ -158,21 +166,37 @@ async def throughput(bench: Bench, streams: int, tokens: int, gateway: psutil.Pr
     return {"streams": streams, "tokens_per_s": total / wall_s, "tokens_per_core_s": total / cpu_s}
 
 
-async def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Start everything, measure, stop everything."""
+@asynccontextmanager
+async def mock_fleet(
+    num_decode: int, interval_s: float
+) -> AsyncIterator[tuple[Bench, psutil.Process, list[MockWorker]]]:
+    """A gateway process, one made-up prefill worker, and decode workers (the third item), ready for requests."""
     with tempfile.TemporaryDirectory() as directory:
         redis, url = start_redis(Path(directory))
-        gateway, port = start_gateway(url, Path(directory) / "gateway.log")
+        log = Path(directory) / "gateway.log"
+        gateway, port = start_gateway(url, log)
         bench = Bench(port)
-        prefill = MockWorker(url, "baton", DEMO, Role.PREFILL, on_received=bench.on_received, on_sent=bench.on_sent)
-        decode = MockWorker(url, "baton", DEMO, Role.DECODE, on_sent=bench.on_sent, interval_s=0.01)
-        prefill.decoders.append(decode)
-        tasks = [asyncio.create_task(worker.run()) for worker in (prefill, decode)]
+        decoders = [
+            MockWorker(url, "baton", DEMO, Role.DECODE, interval_s=interval_s, on_sent=bench.on_sent)
+            for _ in range(num_decode)
+        ]
+        prefill = MockWorker(
+            url,
+            "baton",
+            DEMO,
+            Role.PREFILL,
+            decoders=decoders,
+            on_received=bench.on_received,
+            on_sent=bench.on_sent,
+        )
+        tasks = [asyncio.create_task(worker.run()) for worker in (prefill, *decoders)]
         try:
-            await asyncio.sleep(2.5)
-            table = await latency(bench, options.rate, options.duration_s)
-            decode.interval_s = options.interval_s
-            flow = await throughput(bench, options.streams, options.tokens, psutil.Process(gateway.pid))
+            while log.read_text().count("worker joined") <= num_decode:  # noqa: ASYNC110 - another process's log
+                await asyncio.sleep(0.1)
+            while not (await bench.stream(1))[1]:  # noqa: ASYNC110 - the gateway still reads the model's files
+                await asyncio.sleep(0.1)
+            bench.forget()
+            yield bench, psutil.Process(gateway.pid), decoders
         finally:
             for task in tasks:
                 task.cancel()
@@ -180,6 +204,14 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
             gateway.terminate()
             gateway.wait(timeout=15)
             redis.kill()
+
+
+async def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Start everything, measure, stop everything."""
+    async with mock_fleet(1, 0.01) as (bench, gateway, decoders):
+        table = await latency(bench, options.rate, options.duration_s)
+        decoders[0].interval_s = options.interval_s
+        flow = await throughput(bench, options.streams, options.tokens, gateway)
     return {"latency": table, "throughput": flow}
 
 

@@ -1,23 +1,18 @@
 """The gateway's part of `bench/growth.py`: its processor time and memory against workers and streams.
 
 A probe asks the gateway for its health every 50 ms: what it waits for is the gateway's event loop, plus the lag of this
-process's own, which is measured beside it.
+process's own, which is measured beside it. Tokens are counted where they leave the workers: a gateway that is behind
+sends several in one event.
 """
 
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Iterable
 
 import psutil
-from gateway_overhead import DEMO, Bench, start_gateway, start_redis
-from mock_workers import MockWorker
-
-from fleet.types import Role
+from gateway_overhead import mock_fleet
 
 WORKERS = (1, 4, 16, 64)
 STREAMS = (125, 250, 500, 1000, 2000)
@@ -25,30 +20,8 @@ INTERVAL_S = 0.25
 """Between the tokens of one of many streams: 2,000 of them make 8,000 tokens/s, which this process takes in as well."""
 HOLD_S = 8.0
 REQUESTS = 400
+STEADY_STREAMS, TOKENS = 64, 300
 Rows = list[dict[str, float]]
-
-
-@asynccontextmanager
-async def mock_fleet(num_decode: int, interval_s: float) -> AsyncIterator[tuple[Bench, psutil.Process]]:
-    """A gateway, one made-up prefill worker, and decode workers that it has all heard of."""
-    with tempfile.TemporaryDirectory() as directory:
-        redis, url = start_redis(Path(directory))
-        log = Path(directory) / "gateway.log"
-        gateway, port = start_gateway(url, log)
-        decoders = [MockWorker(url, "baton", DEMO, Role.DECODE, interval_s=interval_s) for _ in range(num_decode)]
-        prefill = MockWorker(url, "baton", DEMO, Role.PREFILL, decoders=decoders)
-        tasks = [asyncio.create_task(worker.run()) for worker in (prefill, *decoders)]
-        try:
-            while log.read_text().count("worker joined") <= num_decode:  # noqa: ASYNC110 - another process's log
-                await asyncio.sleep(0.1)
-            yield Bench(port), psutil.Process(gateway.pid)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            gateway.terminate()
-            gateway.wait(timeout=15)
-            redis.kill()
 
 
 def used_s(process: psutil.Process) -> float:
@@ -60,8 +33,7 @@ async def with_workers() -> dict[str, Rows]:
     """At rest, per request of one token, and per token of 64 streams."""
     rows = []
     for count in WORKERS:
-        async with mock_fleet(count, 0.02) as (bench, gateway):
-            await bench.stream(1)
+        async with mock_fleet(count, 0.02) as (bench, gateway, _):
             before_s = used_s(gateway)
             await asyncio.sleep(5)
             rest = (used_s(gateway) - before_s) / 5
@@ -70,15 +42,14 @@ async def with_workers() -> dict[str, Rows]:
                 await asyncio.gather(*(bench.stream(1) for _ in range(8)))
             request_s = used_s(gateway) - before_s - rest * (time.monotonic() - began_s)
             began_s, before_s = time.monotonic(), used_s(gateway)
-            results = await asyncio.gather(*(bench.stream(300) for _ in range(64)))
+            await asyncio.gather(*(bench.stream(TOKENS) for _ in range(STEADY_STREAMS)))
             token_s = used_s(gateway) - before_s - rest * (time.monotonic() - began_s)
-            num_tokens = sum(len(arrivals) for _, arrivals, _ in results)
         rows.append(
             {
                 "workers": float(count),
                 "at rest, % of a core": rest * 100,
                 "us per request": request_s / REQUESTS * 1e6,
-                "us per token": token_s / num_tokens * 1e6,
+                "us per token": token_s / (STEADY_STREAMS * TOKENS) * 1e6,
             }
         )
     return {"rows": rows}
@@ -88,7 +59,7 @@ async def with_streams() -> dict[str, Rows]:
     """Streams that all run at once, over 8 decode workers, in one gateway that has served none before."""
     rows = []
     for count in STREAMS:
-        async with mock_fleet(8, INTERVAL_S) as (bench, gateway):
+        async with mock_fleet(8, INTERVAL_S) as (bench, gateway, _):
             await asyncio.gather(*(bench.stream(2) for _ in range(8)))
             empty = gateway.memory_info().rss
             ramp_s = count / 250
@@ -103,15 +74,15 @@ async def with_streams() -> dict[str, Rows]:
                 waits_ms, lags_ms = await probe(bench.port, HOLD_S)
                 span_s, cpu_s = time.monotonic() - began_s, used_s(gateway) - before_s
                 resident = gateway.memory_info().rss
-            arrived = sum(began_s <= at < began_s + span_s for task in tasks for at in task.result()[1])
-            whole = sum(len(task.result()[1]) >= num_tokens for task in tasks)
+            sent = within(bench.sent.values(), began_s, span_s)
+            arrived = within((task.result()[1] for task in tasks), began_s, span_s)
         rows.append(
             {
                 "streams": float(count),
-                "whole": float(whole),
-                "tokens/s": arrived / span_s,
+                "tokens/s": sent / span_s,
+                "tokens per event": sent / arrived,
                 "% of a core": cpu_s / span_s * 100,
-                "us per token": cpu_s / max(1, arrived) * 1e6,
+                "us per token": cpu_s / sent * 1e6,
                 "KiB per stream": (resident - empty) / count / 1024,
                 "probe p50 ms": quantile(waits_ms, 0.5),
                 "probe p99 ms": quantile(waits_ms, 0.99),
@@ -137,6 +108,11 @@ async def probe(port: int, duration_s: float) -> tuple[list[float], list[float]]
         waits_ms.append((time.monotonic() - began_s) * 1e3)
     writer.close()
     return waits_ms, lags_ms
+
+
+def within(times: Iterable[list[float]], began_s: float, span_s: float) -> int:
+    """How many of them lie in a span."""
+    return sum(began_s <= at < began_s + span_s for series in times for at in series)
 
 
 def quantile(values: list[float], share: float) -> float:
