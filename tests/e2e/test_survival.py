@@ -24,7 +24,7 @@ from support.tailed_stream import TailedStream, answer_of
 from fleet.keys import KeyRegistry
 from fleet.redis_client import connect
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 LEASE_S = 2.0
 PAUSE_S = 10.0
@@ -55,6 +55,10 @@ class Cloud(ThreadingHTTPServer):
 
         super().__init__(("127.0.0.1", 0), Answer)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
 
     @property
     def url(self) -> str:
@@ -103,10 +107,8 @@ class House:
 @pytest.fixture(scope="module")
 def house(module_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     directory = tmp_path_factory.mktemp("fleet")
-    with Cloud() as cloud:
-        with Fleet(module_redis, directory, settings={"lease_s": str(LEASE_S)}) as fleet:
-            yield House(fleet, directory, cloud)
-        cloud.shutdown()
+    with Cloud() as cloud, Fleet(module_redis, directory, settings={"lease_s": str(LEASE_S)}) as fleet:
+        yield House(fleet, directory, cloud)
 
 
 async def eventually(condition: Callable[[], object], what: str) -> None:
@@ -146,10 +148,10 @@ async def test_workers_leave_in_every_way_until_none_is_left_and_streams_wait_fo
             service = fleet.forget(name)
             assert await asyncio.to_thread(service.process.wait, WITHIN_S) == 0, service.text()[-4000:]
         await asyncio.gather(*(stream.grow() for stream in streams))
-        moved = {reason: house.metric("baton_migrations_total", reason=reason) for reason in ("reclaim", "drain")}
-        assert moved["reclaim"] >= 2
-        assert moved["drain"] >= 1
-        assert 4 - 1 <= house.metric("baton_migration_pause_seconds_count") <= sum(moved.values())
+        assert house.metric("baton_migrations_total", reason="reclaim") >= 2
+        assert house.metric("baton_migrations_total", reason="drain") >= 1
+        # Who is handed on at once has said nothing between two moves.
+        assert 3 <= house.metric("baton_migration_pause_seconds_count") <= house.metric("baton_migrations_total")
         assert house.metric("baton_replays_total") == 0
 
         last_one = fleet.forget("decode-4")
