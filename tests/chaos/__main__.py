@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 from support.fleet import Fleet
 from support.redis_server import RedisServer
@@ -38,6 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no round after so many seconds")
     parser.add_argument("--logs", type=Path, help="existing directory that keeps the services' logs")
     parser.add_argument("--json", type=Path, help="file for the whole record")
+    parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="records of runs to be counted in, as one")
     return parser.parse_args(arguments)
 
 
@@ -72,11 +75,10 @@ async def play(
             problems = [*outcome.wrong, *outcome.leaks.others]
             parts = ", ".join(f"{part} {part_s:.1f}" for part, part_s in outcome.parts_s.items())
             say(
-                f"{number + 1:3} {outcome.fault.title:42} {outcome.finished}/{outcome.streams - outcome.excused} "
+                f"{number + 1:3} {outcome.title:42} {outcome.finished}/{outcome.streams - outcome.excused} "
                 f"finished, {outcome.hit} hit, {outcome.took_s:.1f} s ({parts}) {'; '.join(problems)}"
             )
-    ordered = sorted(outcomes, key=lambda outcome: faults.index(outcome.fault))
-    return ordered, {"before": before, "after": arena.figures()}
+    return outcomes, {"before": before, "after": arena.figures(), "idle": arena.stock.idle}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,14 +100,24 @@ def main(arguments: list[str] | None = None) -> int:
             outcomes, figures = asyncio.run(play(arena, options, lambda line: print(line, flush=True)))
             fleet.stop_all()
             tracebacks = arena.tracebacks()
-    records = rows(outcomes)
+    earlier = [json.loads(path.read_bytes())["outcomes"] for path in options.earlier]
+    played = [*outcomes, *(one for part in earlier for one in msgspec.convert(part, list[Outcome]))]
+    titles = [fault.title for fault in all_faults()]
+    records = rows(sorted(played, key=lambda outcome: titles.index(outcome.title)))
     broken = [f"{record['fault']}, {what}" for record in records for what in record["broken promises"]]
     broken += [f"{name} logged an exception" for name in tracebacks]
     machine = {"cores": os.cpu_count(), "load": os.getloadavg(), "memory_gib": psutil.virtual_memory().total >> 30}
-    print(f"\n{table(records)}\n\n{json.dumps({'machine': machine, 'fleet': figures})}")
+    print(f"\n{table(records)}\n\n{json.dumps({'machine': machine, 'fleet': figures}, indent=1)}")
     print("\n".join(["broken promises:", *broken] if broken else ["every promise held"]))
     if options.json is not None:
-        record = {"options": vars(options), "machine": machine, "fleet": figures, "rows": records, "broken": broken}
+        record = {
+            "options": vars(options),
+            "machine": machine,
+            "fleet": figures,
+            "rows": records,
+            "broken": broken,
+            "outcomes": [asdict(outcome) for outcome in outcomes],
+        }
         options.json.write_text(json.dumps(record, indent=2, default=str), encoding="utf-8")
     return 1 if broken else 0
 

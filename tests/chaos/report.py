@@ -32,7 +32,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """One record per fault, in the order in which they first came."""
     grouped: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        grouped.setdefault(outcome.fault.title, []).append(outcome)
+        grouped.setdefault(outcome.title, []).append(outcome)
     return [_row(name, group) for name, group in grouped.items()]
 
 

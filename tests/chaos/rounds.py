@@ -29,6 +29,8 @@ class Outcome:
     """What one round came to.
 
     Attributes:
+        title: of the fault.
+        victim: whom it struck.
         hit: streams that ran when the fault struck, on the broken gateway only those of the other one.
         finished: of all streams that had to end well, how many did.
         pauses_s: of each stream that was hit, the longest gap after the strike.
@@ -37,7 +39,7 @@ class Outcome:
         parts_s: where the time of the round went.
     """
 
-    fault: Fault
+    title: str
     victim: str
     streams: int = 0
     hit: int = 0
@@ -108,7 +110,7 @@ class Rounds:
 
     async def _play(self, fault: Fault) -> Outcome:
         arena, clock = self._arena, _Clock()
-        outcome = Outcome(fault, arena.pick(fault.role) if fault.role else "", streams=len(self._asks))
+        outcome = Outcome(fault.title, arena.pick(fault.role) if fault.role else "", streams=len(self._asks))
         outcome.parts_s = clock.parts_s
         replays, migrations = arena.total("baton_replays_total"), arena.total("baton_migrations_total")
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
@@ -117,7 +119,7 @@ class Rounds:
             running, struck = await self._disturb(client, fault, outcome.victim)
             answers = [await one.task for one in running]
             outcome.victim = struck.victim
-            self._judge_all(outcome, running, answers, struck.at_s)
+            self._judge_all(outcome, fault, running, answers, struck.at_s)
             clock.lap("streams")
             await asyncio.to_thread(fault.mend, arena, outcome.victim)
             if not fault.breaks_gateway:
@@ -162,9 +164,11 @@ class Rounds:
             struck = Struck(victim, began_s)
         return running, struck or Struck("", math.inf)
 
-    def _judge_all(self, outcome: Outcome, running: list[_Running], answers: list[Answer], struck_s: float) -> None:
+    def _judge_all(
+        self, outcome: Outcome, fault: Fault, running: list[_Running], answers: list[Answer], struck_s: float
+    ) -> None:
         for one, answer in zip(running, answers, strict=True):
-            if outcome.fault.breaks_gateway and one.gateway == outcome.victim and answer.error:
+            if fault.breaks_gateway and one.gateway == outcome.victim and answer.error:
                 outcome.excused += 1
                 continue
             if not one.asked.streamed or (answer.times_s and answer.times_s[-1] >= struck_s):
