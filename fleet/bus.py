@@ -191,7 +191,7 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         self._lost_callbacks.append(callback)
 
     def send(self, address: str, message: Message, payload: Sequence[Frame] = ()) -> bool:
-        """Queue a message for a peer; False when its queue is full and the message was dropped.
+        """Queue a message for a peer; False when it was dropped: its queue is full, or its address is none.
 
         Payload is copied: when this returns, its memory may be written anew.
 
@@ -200,14 +200,19 @@ class Bus(AbstractAsyncContextManager["Bus"]):
         """
         if self._closed:
             raise BusClosed("the bus is closed")
-        sock = self._peers.get(address) or self._connect(address)
         try:
+            sock = self._peers.get(address) or self._connect(address)
             sock.send_multipart(encode(message, payload), flags=zmq.NOBLOCK, copy=True)
         except zmq.Again:
-            self.counters.dropped += 1
-            _log.warning("message dropped, the peer's queue is full", peer=address, kind=type(message).__name__)
-            return False
+            return self._drop(message, address, "the peer's queue is full")
+        except zmq.ZMQError as error:  # addresses come in messages
+            return self._drop(message, address, f"its address is none: {error.strerror}")
         return True
+
+    def _drop(self, message: Message, address: str, why: str) -> bool:
+        self.counters.dropped += 1
+        _log.warning("message dropped", why=why, peer=address, kind=type(message).__name__)
+        return False
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
         sock: zmq.Socket[bytes] = zmq.Socket(self._context, zmq.DEALER)
@@ -221,8 +226,14 @@ class Bus(AbstractAsyncContextManager["Bus"]):
             sock.curve_serverkey = self._keys.server.public
             sock.curve_secretkey = self._keys.client.secret
             sock.curve_publickey = self._keys.client.public
-        self._monitors[address] = SocketMonitor(self._context, sock, events=_WATCHED)
-        sock.connect(address)
+        monitor = SocketMonitor(self._context, sock, events=_WATCHED)
+        try:
+            sock.connect(address)
+        except zmq.ZMQError:
+            monitor.close()
+            sock.close(linger=0)
+            raise
+        self._monitors[address] = monitor
         self._peers[address] = sock
         self._away_since_s[address] = time.monotonic()
         return sock

@@ -59,6 +59,13 @@ async def test_a_peer_may_be_forgotten_and_spoken_to_again_at_once() -> None:
                     break
 
 
+async def test_an_address_that_is_none_costs_the_message_and_nothing_else() -> None:
+    async with Bus(BusConfig()) as bus:
+        for address in ("nonsense", "tcp://127.0.0.1", "tcp://*:5", "gopher://127.0.0.1:70", ""):
+            assert not bus.send(address, Cancel(request_id="r", epoch=0))
+        assert (bus.num_peers, bus.counters.dropped) == (0, 5)
+
+
 async def test_a_dead_peer_is_reported_within_a_second() -> None:
     lost: asyncio.Queue[str] = asyncio.Queue()
     async with Bus(BusConfig()) as a, asyncio.TaskGroup() as tasks:
