@@ -7,12 +7,12 @@ import time
 from fleet.bus import Bus
 from fleet.messages import PrefillRequest
 from fleet.types import Passport
+from gateway.admission import Admission
 from gateway.booking import Bookings
 from gateway.directory import Worker
 from gateway.holders import HolderIndex
 from gateway.live import LiveRequest, Stage
 from gateway.router import Route, Router
-from gateway.waiting_room import WaitingRoom
 
 
 class Dispatcher:
@@ -21,18 +21,20 @@ class Dispatcher:
     A request that found its way counts towards its workers until `leave`.
     """
 
-    def __init__(self, bus: Bus, router: Router, holders: HolderIndex, *, worker_wait_s: float) -> None:
+    def __init__(self, bus: Bus, router: Router, holders: HolderIndex, admission: Admission) -> None:
         self._bus = bus
         self._router = router
         self._holders = holders
         self._bookings = Bookings()
-        self._room = WaitingRoom(worker_wait_s)
+        self._admission = admission
+        self._room = admission.room
         self._stopped = False
 
     def send_off(self, live: LiveRequest) -> None:
         """Dispatch a request, or let it wait for its turn."""
-        self._room.enter(live)
-        self.serve(live.passport.model)
+        line = self._room.line(live.passport.model)
+        if line.num_ahead(live.passport.priority, live.epoch) or not self._try_dispatch(live):
+            line.enter(live)
 
     def serve_waiting(self) -> None:
         """Dispatch for every model whom there is room for."""
@@ -41,14 +43,20 @@ class Dispatcher:
 
     def serve(self, model: str) -> None:
         """Dispatch those who wait for this model, in order, while there is room."""
-        while not self._stopped and (live := self._room.first(model)) is not None:
-            passport = live.next_passport()
-            route = self._router.pick(passport, affinity=live.affinity)
-            self._room.mark(model, served=route is not None or self._router.has_route(passport))
-            if route is None:
-                return
-            self._room.leave(live)
+        line = self._room.line(model)
+        while (live := line.first) is not None and self._try_dispatch(live):
+            line.leave(live, served=True)
+
+    def _try_dispatch(self, live: LiveRequest) -> bool:
+        """Dispatch a request, if there is room for it."""
+        if self._stopped:
+            return False
+        passport = live.next_passport()
+        route = self._router.pick(passport, affinity=live.affinity)
+        self._room.mark(passport.model, served=route is not None or self._router.has_route(passport))
+        if route is not None:
             self._dispatch(live, passport, route)
+        return route is not None
 
     def _dispatch(self, live: LiveRequest, passport: Passport, route: Route) -> None:
         live.stage = Stage.PREFILLING
@@ -63,6 +71,7 @@ class Dispatcher:
             self._bookings.book(live.request_id, worker, len(passport.token_ids))
         request = PrefillRequest(passport=passport, targets=[worker.peer for worker in route.targets])
         self._bus.send(route.prefill.peer.address, request)
+        self._admission.sent_off(live)
 
     def rebook(self, live: LiveRequest, worker: Worker | None) -> None:
         """Count the request towards this worker alone."""
@@ -76,7 +85,7 @@ class Dispatcher:
 
     def leave(self, live: LiveRequest) -> None:
         """The request is over, or begins anew. Idempotent."""
-        self._room.leave(live)
+        self._admission.sent_back(live)
         self._bookings.release(live.request_id)
 
     def overdue(self) -> list[LiveRequest]:

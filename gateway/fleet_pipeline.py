@@ -26,6 +26,10 @@ class FleetPipeline:
         """The model of this name or alias."""
         return self._catalog.model(name)
 
+    def check_room(self, model: ServedModel, num_sequences: int, *, priority: int) -> None:
+        """Refuse early what would be refused; see the Protocol."""
+        self._table.check_room(model.name, num_sequences, priority=priority)
+
     def require_room(self, model: ServedModel, num_sequences: int, *, priority: int) -> None:
         """See that so many sequences would be admitted now; see the Protocol."""
         self._table.require_room(model.name, num_sequences, priority=priority)

@@ -131,6 +131,13 @@ class Pipeline(Protocol):
         """The model of this name or alias."""
         ...
 
+    def check_room(self, model: ServedModel, num_sequences: int, *, priority: int) -> None:
+        """Refuse what would not be admitted now, before any work is done for it. Changes nothing.
+
+        Raises: gateway.errors.Overloaded.
+        """
+        ...
+
     def require_room(self, model: ServedModel, num_sequences: int, *, priority: int) -> None:
         """See that so many sequences would be admitted now, so that a batch is refused whole before any of it starts.
 

@@ -31,6 +31,7 @@ from gateway.directory import Directory, Worker
 from gateway.dispatcher import Dispatcher
 from gateway.errors import NoWorkers, Overloaded
 from gateway.holders import HolderIndex
+from gateway.journal import Journal
 from gateway.live import LiveRequest
 from gateway.metrics import GatewayMetrics
 from gateway.router import Router
@@ -62,13 +63,13 @@ class RequestTable:
         self._directory = directory
         self._router = router
         self._metrics = metrics
-        self._record = record
+        self._journal = Journal(metrics, record)
         self._admission = admission
         self._worker_wait_s = worker_wait_s
         self._settle_s = settle_s
         self._live: dict[str, LiveRequest] = {}
         self._holders = HolderIndex()
-        self._dispatcher = Dispatcher(bus, router, self._holders, worker_wait_s=worker_wait_s)
+        self._dispatcher = Dispatcher(bus, router, self._holders, admission)
         directory.on_lost = self._worker_lost
         directory.on_left = self._worker_left
         directory.on_joined = lambda _: self.serve_waiting()
@@ -84,18 +85,21 @@ class RequestTable:
         """Live requests without a first token."""
         return self._admission.num_queued
 
-    def require_room(self, model: str, num_requests: int, *, priority: int) -> None:
-        """See that so many more requests of one kind may come in now; less urgent ones may be pushed out for them.
+    def check_room(self, model: str, num_requests: int, *, priority: int) -> list[LiveRequest]:
+        """Whether so many more requests of one kind may come in now; returns those that must then leave for them.
 
         Raises:
             Overloaded: the first token of the first would come too late, or too many wait already.
         """
         try:
-            displaced = self._admission.require_room(model, priority, num_requests)
+            return self._admission.require_room(model, priority, num_requests)
         except Overloaded:
             self._metrics.rejected.labels("overloaded").inc(num_requests)
             raise
-        for live in displaced:
+
+    def require_room(self, model: str, num_requests: int, *, priority: int) -> None:
+        """See that so many may come in, and push out who must leave for them. Raises: as `check_room`."""
+        for live in self.check_room(model, num_requests, priority=priority):
             self._displace(live)
 
     def admit(self, passport: Passport, *, affinity: str = "") -> LiveRequest:
@@ -113,14 +117,7 @@ class RequestTable:
         live = LiveRequest(passport, affinity=affinity, on_let_go=self._let_go)
         self._live[live.request_id] = live
         self._admission.enter(live)
-        self._metrics.prompt_tokens.labels(passport.model).inc(passport.prompt_len)
-        self._note_state(
-            live,
-            RequestState.QUEUED,
-            model=passport.model,
-            prompt_tokens=passport.prompt_len,
-            gateway=passport.gateway.name,
-        )
+        self._journal.admitted(live)
         done = live.reason_by_tokens()
         if done is None:
             self._dispatcher.send_off(live)
@@ -131,7 +128,7 @@ class RequestTable:
     def _displace(self, live: LiveRequest) -> None:
         """A more urgent request takes its place in a full queue."""
         self._metrics.rejected.labels("displaced").inc()
-        refusal = self._admission.overloaded(live.passport.model, live.passport.priority)
+        refusal = self._admission.displacement(live)
         self._cancel_on_holders(live)
         live.displaced = True
         self._end(live, FinishReason.ERROR, error=str(refusal), retry_after_s=refusal.retry_after_s)
@@ -175,7 +172,7 @@ class RequestTable:
                 live.accept_vector(event)
             case RequestStarted():
                 live.accept_started(event)
-                self._note_state(
+                self._journal.state(
                     live, RequestState.PREFILLING, prefill_worker=worker.name, cached_tokens=live.cached_tokens
                 )
             case HandingOff():
@@ -184,6 +181,8 @@ class RequestTable:
                 if live.accept_handed_off(event, worker):
                     self._accept_handed_off(live, worker)
             case RequestFinished():
+                if live.passport.is_prompt_only:
+                    self._admission.saw_first_token(live)
                 if live.accept_finished(event):
                     self._end(live, event.reason, error=event.error)
             case Returned():
@@ -204,7 +203,9 @@ class RequestTable:
         taker = self._directory.get(event.taker)
         self._dispatcher.rebook(live, taker)
         if live.moving_for is None:  # else it is decoded all the while, and its state goes back in Redis never
-            self._note_state(live, RequestState.HANDING_OFF, decode_worker=event.taker.name, transport=event.transport)
+            self._journal.state(
+                live, RequestState.HANDING_OFF, decode_worker=event.taker.name, transport=event.transport
+            )
         if taker is None:
             self.replay(live, "taker_gone")
 
@@ -214,27 +215,20 @@ class RequestTable:
         live.hops.adopt(worker.name, epoch=live.epoch)
         self._metrics.count_move(live.moving_for)
         live.moving_for = None
-        self._note_state(live, RequestState.DECODING, decode_worker=worker.name)
+        self._journal.state(live, RequestState.DECODING, decode_worker=worker.name)
 
     def _accept_tokens(self, live: LiveRequest, chunk: TokenChunk, worker: PeerRef) -> None:
         first_before, last_before = live.first_token_s, live.last_token_s
         fresh = live.accept_tokens(chunk)
         if not fresh:
             return
-        model = live.passport.model
-        self._metrics.output_tokens.labels(model).inc(fresh)
-        if first_before is None and live.first_token_s is not None:
-            ttft_s = live.first_token_s - live.created_s
-            self._admission.saw_first_token(live, ttft_s)
-            self._metrics.ttft_seconds.labels(model).observe(ttft_s)
-            live.first_token_at_s = time.time()
+        self._metrics.output_tokens.labels(live.passport.model).inc(fresh)
+        if live.speaker is None:
+            self._admission.saw_first_token(live)
+        if first_before is None:
+            self._journal.first_token(live)
         elif last_before is not None and live.last_token_s is not None:
-            gap_s = live.last_token_s - last_before
-            self._metrics.itl_seconds.labels(model).observe(gap_s / fresh)
-            if live.speaker is None:  # the first word of an epoch in a stream that had begun
-                self._metrics.replay_pause_seconds.labels(model).observe(gap_s)
-            elif live.speaker not in (worker, live.prefill_peer):
-                self._metrics.migration_pause_seconds.labels(model).observe(gap_s)
+            self._journal.gap(live, live.last_token_s - last_before, fresh, worker)
         live.speaker = worker
         if live.is_complete() and live.ending is not None:
             self._end(live, live.ending.reason, error=live.ending.error)
@@ -293,9 +287,7 @@ class RequestTable:
         live.replayed_for = reason
         self._holders.follow(live)
         self._dispatcher.leave(live)
-        self._metrics.replays.labels(reason).inc()
-        _log.info("request replayed", request_id=live.request_id, epoch=live.epoch, reason=reason)
-        self._note_state(live, RequestState.QUEUED, output_tokens=len(live.output), replay_reason=reason)
+        self._journal.replayed(live, reason)
         self._dispatcher.send_off(live)
 
     def _let_go(self, live: LiveRequest, reason: FinishReason) -> None:
@@ -320,22 +312,7 @@ class RequestTable:
         self._admission.leave(live)
         self._holders.follow(live)
         self._dispatcher.leave(live)
-        self._metrics.finished.labels(live.passport.model, reason.value).inc()
-        self._metrics.e2e_seconds.labels(live.passport.model).observe(time.monotonic() - live.created_s)
-        state = RequestState.FAILED if reason is FinishReason.ERROR else RequestState.FINISHED
-        self._note_state(live, state, output_tokens=len(live.output), finish_reason=reason.value)
-        now_s = time.monotonic()
-        _log.info(
-            "request ended",
-            request_id=live.request_id,
-            model=live.passport.model,
-            reason=reason.value,
-            prompt_tokens=live.prompt_len,
-            output_tokens=len(live.output),
-            epoch=live.epoch,
-            ttft_ms=None if live.first_token_s is None else round((live.first_token_s - live.created_s) * 1e3, 1),
-            total_ms=round((now_s - live.created_s) * 1e3, 1),
-        )
+        self._journal.ended(live, reason)
         self._dispatcher.serve(live.passport.model)
 
     def close(self) -> None:
@@ -344,9 +321,3 @@ class RequestTable:
         for live in list(self._live.values()):
             self._cancel_on_holders(live)
             self._end(live, FinishReason.ERROR, error="the gateway is shutting down", retry_after_s=1)
-
-    def _note_state(self, live: LiveRequest, state: RequestState, **fields: str | int) -> None:
-        facts: dict[str, str | int | float] = {**fields, "hops": live.hops.encoded()}
-        if live.first_token_at_s is not None:
-            facts["first_token"] = live.first_token_at_s
-        self._record(Transition(live.request_id, live.epoch, state, facts))

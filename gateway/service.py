@@ -41,6 +41,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.requests import RequestTable
 from gateway.router import Router
 from gateway.text.message_syntax import SyntaxChoices
+from gateway.waiting_room import WaitingRoom
 
 SWEEP_S = 0.1
 REDIS_RETRY_S = 0.5
@@ -148,7 +149,11 @@ async def _run(
         router=Router(directory),
         metrics=metrics,
         record=states.record,
-        admission=Admission(max_queued=settings.max_queued_requests, max_wait_s=settings.max_queue_wait_s),
+        admission=Admission(
+            WaitingRoom(settings.worker_wait_s),
+            max_queued=settings.max_queued_requests,
+            max_wait_s=settings.max_queue_wait_s,
+        ),
         worker_wait_s=settings.worker_wait_s,
         settle_s=settings.heartbeat_s * 2,
     )

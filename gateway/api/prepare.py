@@ -23,7 +23,7 @@ from gateway.api.sampling import (
     sampling_params,
     text_options,
 )
-from gateway.api.tenancy import place_of
+from gateway.api.tenancy import Place, place_of
 from gateway.api.text_prompt import prompt_text, split_prompts, text_prompt_ids, token_offsets
 from gateway.api.tools import ToolUse, check_served, read_options, tool_use
 from gateway.errors import InvalidRequest
@@ -48,11 +48,11 @@ async def render_chat(model: ServedModel, request: ChatCompletionRequest) -> tup
 
 
 async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey | None) -> Job:
-    """Raises: ApiError."""
+    """Raises: ApiError; Overloaded."""
     refusals.check_chat(request)
     model = api.find_model(request.model, key)
     _check_decoder(request, model)
-    _check_num_outputs(api, request.n or 1, param="n")
+    place = _place(api, request, key, model, num_outputs=request.n or 1, param="n")
     use, prompt = await render_chat(model, request)
     ids = prompt.ids
     form = await constraint(request)
@@ -77,7 +77,6 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
         reads = read_options(use, model, thinking=prompt.thinking, shows_special_tokens=shows_special_tokens)
     options = text_options(request, params, with_tokens=with_tokens)
     streaming = request.stream_options or StreamOptions()
-    place = place_of(request, key, shared_prefix_cache=api.config.shared_prefix_cache)
     headers = await api.limiter.admit(key, len(ids))
     return Job(
         completion_id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -114,7 +113,7 @@ async def chat_job(api: ApiContext, request: ChatCompletionRequest, key: ApiKey 
 
 
 async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKey | None) -> Job:
-    """Raises: ApiError."""
+    """Raises: ApiError; Overloaded."""
     refusals.check_completion(request)
     model = api.find_model(request.model, key)
     _check_decoder(request, model)
@@ -125,7 +124,7 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
     if num_logprobs is None and num_samples > num_choices:
         num_logprobs = 0  # the best are chosen by it
     asked = [num for num in (request.logprobs if request.echo else None, request.prompt_logprobs) if num is not None]
-    _check_num_outputs(api, len(sources) * num_samples, param="prompt")
+    place = _place(api, request, key, model, num_outputs=len(sources) * num_samples, param="prompt")
     add_special_tokens = request.add_special_tokens is not False
     prompts = [
         _truncated(ids, request.truncate_prompt_tokens, model, request.max_tokens)
@@ -154,7 +153,6 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
     ]
     with_tokens = request.logprobs is not None or bool(request.return_token_ids)
     streaming = request.stream_options or StreamOptions()
-    place = place_of(request, key, shared_prefix_cache=api.config.shared_prefix_cache)
     headers = await api.limiter.admit(key, sum(map(len, prompts)))
     return Job(
         completion_id=f"cmpl-{uuid.uuid4().hex}",
@@ -193,13 +191,22 @@ async def completion_job(api: ApiContext, request: CompletionRequest, key: ApiKe
     )
 
 
-def _check_num_outputs(api: ApiContext, num_outputs: int, *, param: str) -> None:
+def _place(
+    api: ApiContext, request: AnyCompletion, key: ApiKey | None, model: ServedModel, *, num_outputs: int, param: str
+) -> Place:
+    """The request's place, if there is one: full queues refuse it before its prompt is read.
+
+    Raises: InvalidRequest; Overloaded.
+    """
     if num_outputs > api.config.max_generations:
         raise InvalidRequest(
             f"At most {api.config.max_generations} outputs (prompts times 'n' or 'best_of') fit in one request.",
             param=param,
             code="invalid_value",
         )
+    place = place_of(request, key, shared_prefix_cache=api.config.shared_prefix_cache)
+    api.pipeline.check_room(model, num_outputs, priority=place.priority)
+    return place
 
 
 def _check_decoder(request: AnyCompletion, model: ServedModel) -> None:

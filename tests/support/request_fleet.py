@@ -16,6 +16,7 @@ from gateway.live import LiveRequest
 from gateway.metrics import GatewayMetrics
 from gateway.requests import RequestTable
 from gateway.router import Router
+from gateway.waiting_room import WaitingRoom
 from support.fake_bus import FakeBus
 
 GATEWAY = PeerRef("g", 1, "tcp://g")
@@ -55,7 +56,7 @@ class Fleet:
             router=Router(self.directory, seed=0),
             metrics=self.metrics,
             record=self.states.append,
-            admission=Admission(max_queued=max_queued, max_wait_s=max_wait_s),
+            admission=Admission(WaitingRoom(worker_wait_s), max_queued=max_queued, max_wait_s=max_wait_s),
             worker_wait_s=worker_wait_s,
             settle_s=0.0,
         )

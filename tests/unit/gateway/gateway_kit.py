@@ -158,6 +158,8 @@ class FakePipeline:
         self.room = 10**9
         self.submitted: list[dict[str, Any]] = []
         self.generations: list[FakeGeneration] = []
+        self.checked: list[int] = []
+        self.full: Overloaded | None = None
 
     def models(self) -> list[ServedModel]:
         return self.served
@@ -168,6 +170,12 @@ class FakePipeline:
     def readiness(self) -> Readiness:
         prefill, decode = self.counts
         return Readiness(models=(ModelReadiness(model=MODEL, num_prefill=prefill, num_decode=decode),))
+
+    def check_room(self, _: ServedModel, num_sequences: int, *, priority: int) -> None:
+        del priority
+        self.checked.append(num_sequences)
+        if self.full is not None:
+            raise self.full
 
     def require_room(self, _: ServedModel, num_sequences: int, *, priority: int) -> None:
         del priority

@@ -288,6 +288,20 @@ async def test_too_long_prompts_say_both_numbers(client: Client) -> None:
     assert "500" in error["message"]
 
 
+async def test_a_full_queue_refuses_before_the_prompt_is_read(client: Client, pipeline: FakePipeline) -> None:
+    pipeline.full = Overloaded("queues are full", retry_after_s=2.2)
+    for path in (CHAT, TEXT):
+        response = await client.post(path, json={**OK[path], "n": 3})
+        error = check_shape(response, 429)
+        assert (error["code"], response.headers["retry-after"]) == ("server_overloaded", "3")
+    # a prompt that is too long, which only its tokens tell, is no matter yet
+    check_shape(await client.post(TEXT, json={**OK[TEXT], "prompt": [5] * 600}), 429)
+    assert pipeline.checked == [3, 3, 1]
+    assert pipeline.submitted == []
+    # what is wrong with a request is told first where that costs nothing
+    check_shape(await client.post(TEXT, json={**OK[TEXT], "model": "nope"}), 404)
+
+
 @pytest.mark.parametrize(
     ("refusal", "status", "wait"),
     [(Overloaded("queues are full", retry_after_s=2.2), 429, "3"), (NoWorkers("no worker", retry_after_s=0), 503, "1")],

@@ -10,7 +10,6 @@ from support.request_fleet import Fleet, record, tokens
 
 from fleet.messages import Cancel, HandedOff, Heartbeat, RequestFinished, RequestNote, Returned
 from fleet.types import FinishReason, PeerRef, Role, WorkerLoad
-from gateway import pace
 from gateway.errors import Overloaded
 
 PRIORITY, DEFAULT, FLEX = -100, 0, 100
@@ -99,8 +98,8 @@ def test_whose_first_token_would_come_too_late_is_refused_at_once_and_told_when(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = [time.monotonic()]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now_s[0])
-    fleet = Fleet(max_wait_s=5)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    fleet = Fleet(max_wait_s=10)
     p = fleet.join("p", Role.PREFILL)
     fleet.join("d", Role.DECODE)
     for number in range(8):  # a first token each second, all asked for at once
@@ -108,13 +107,43 @@ def test_whose_first_token_would_come_too_late_is_refused_at_once_and_told_when(
     for number in range(8):
         now_s[0] += 1
         fleet.say(p, tokens(0, 7, request_id=f"r{number}"))
+    now_s[0] += 10  # those eight are no sign of more to come
     for number in range(6):
         fleet.admit(f"s{number}")
     with pytest.raises(Overloaded) as caught:
-        fleet.admit("late")
+        fleet.admit("late")  # 6 s are expected, 11 are possible
     assert caught.value.retry_after_s == pytest.approx(6, abs=0.1)
     fleet.admit("urgent", priority=PRIORITY)
-    for number in range(2):
+    for number in range(4):
         now_s[0] += 1
         fleet.say(p, tokens(0, 7, request_id=f"s{number}"))
     fleet.admit("in time")
+
+
+def test_checking_for_room_early_changes_nothing() -> None:
+    fleet = Fleet(max_queued=1)
+    fleet.join("p", Role.PREFILL)
+    fleet.join("d", Role.DECODE)
+    flex = fleet.admit("flex", priority=FLEX)
+    fleet.table.check_room("m", 1, priority=PRIORITY)
+    assert not flex.ended
+    with pytest.raises(Overloaded):
+        fleet.table.check_room("m", 1, priority=FLEX)
+
+
+def test_prompts_without_output_move_the_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    fleet = Fleet(max_wait_s=10)
+    p = fleet.join("p", Role.PREFILL)
+    for number in range(8):
+        fleet.admit(f"r{number}", max_tokens=0)
+    for number in range(8):
+        now_s[0] += 1
+        ending = RequestFinished(request_id=f"r{number}", epoch=0, reason=FinishReason.LENGTH, num_output_tokens=0)
+        fleet.say(p, ending)
+    now_s[0] += 10
+    for number in range(6):
+        fleet.admit(f"s{number}", max_tokens=0)
+    with pytest.raises(Overloaded):
+        fleet.admit("late", max_tokens=0)
