@@ -9,7 +9,7 @@ from engine.decode_scheduler import DecodeScheduler
 from engine.errors import EngineError, SequenceTooLong
 from engine.sequence import Sequence as EngineSequence
 from fleet.logs import get_logger
-from fleet.types import Passport
+from fleet.types import Passport, PeerRef
 from kvtransfer.bank import Reservation
 
 _log = get_logger("bank")
@@ -20,27 +20,39 @@ class DecodeBank:
 
     Args:
         scheduler: owns the pages.
+        max_per_gateway: sequences that one gateway may have here or on their way here; 0: no bound.
         on_reserved: told of each sequence that may come here.
         on_adopted: told of each sequence that starts here.
         on_rejected: told of each that was handed off but cannot start, and why.
+        on_over_share: told of each that is refused because its gateway has its share.
     """
 
     def __init__(
         self,
         scheduler: DecodeScheduler,
         *,
+        max_per_gateway: int,
         on_reserved: Callable[[Passport], None],
         on_adopted: Callable[[EngineSequence], None],
         on_rejected: Callable[[Passport, EngineError], None],
+        on_over_share: Callable[[Passport], None],
     ) -> None:
         self._scheduler = scheduler
+        self._max_per_gateway = max_per_gateway
         self._on_reserved = on_reserved
         self._on_adopted = on_adopted
         self._on_rejected = on_rejected
+        self._on_over_share = on_over_share
         self._open: dict[int, reservations.Reservation] = {}
 
     def reserve(self, passport: Passport, page_hashes: Sequence[bytes], num_pages: int) -> Reservation | None:
-        """Set pages aside; None when full, or for what could never fit: the gateway lets none of that through."""
+        """Set pages aside; None when full, or when its gateway has its share here; the giver then tries elsewhere.
+
+        None too for what could never fit: the gateway lets none of that through.
+        """
+        if 0 < self._max_per_gateway <= self._num_of(passport.gateway):
+            self._on_over_share(passport)
+            return None
         try:
             made = self._scheduler.reserve(passport, page_hashes, num_pages)
         except SequenceTooLong as error:
@@ -51,6 +63,10 @@ class DecodeBank:
         self._open[made.generation] = made
         self._on_reserved(passport)
         return Reservation(made.generation, len(made.held_page_ids), made.new_page_ids)
+
+    def _num_of(self, gateway: PeerRef) -> int:
+        coming = sum(made.passport.gateway == gateway for made in self._open.values())
+        return coming + sum(sequence.passport.gateway == gateway for sequence in self._scheduler.sequences())
 
     def adopt(self, reservation: Reservation, passport: Passport, num_computed_tokens: int) -> None:
         """Start the sequence on its pages; one that cannot start fails alone and its pages are free again."""

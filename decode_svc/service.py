@@ -107,9 +107,11 @@ async def _run(
             fingerprint=fingerprint,
             bank=DecodeBank(
                 scheduler,
+                max_per_gateway=settings.max_requests_per_gateway,
                 on_reserved=lambda passport: engine.grammars.prepare(passport.params.grammar),
                 on_adopted=worker.on_adopted,
                 on_rejected=worker.on_rejected,
+                on_over_share=lambda _: metrics.over_share.inc(),
             ),
             transports=transports,
             send=bus.send,

@@ -115,6 +115,7 @@ class OpenModel:
             model_files=self.files[0],
             max_model_len=self.plan.max_model_len,
             max_num_seqs=self.settings.max_num_seqs,
+            max_requests_per_gateway=self.settings.max_requests_per_gateway,
             page_size=self.plan.page_size,
             num_pages=self.plan.num_pages,
             host=host,

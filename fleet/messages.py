@@ -146,6 +146,10 @@ class RequestFinished(BusMessage, frozen=True, kw_only=True):
     error: str | None = None
 
 
+OVER_SHARE = "over_share"
+"""Why a request is `Returned` whose gateway has as many at the worker as it may: try another, or wait for a while."""
+
+
 class Returned(BusMessage, frozen=True, kw_only=True):
     """The worker gives the request back unfinished (no pages, draining, hand-off failed): replay it."""
 

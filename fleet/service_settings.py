@@ -31,6 +31,9 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
     page_size: Annotated[int, Meta(description="tokens per page", ge=1, le=1024)] = 16
     max_model_len: Annotated[int, Meta(description="longest prompt plus output; 0: the model's own", ge=0)] = 0
     max_num_seqs: Annotated[int, Meta(description="sequences that run at once", ge=1, le=65536)] = 64
+    max_requests_per_gateway: Annotated[
+        int, Meta(description="requests that one gateway may have on a worker; what is more goes back to it", ge=1)
+    ] = 256
     kv_cache_bytes: Annotated[int, Meta(description="bytes for KV pages; 0: sized from memory", ge=0)] = 0
     transports: Annotated[
         str, Meta(description="hand-off transports allowed, best first; auto: shm,tcp, on a GPU cuda_ipc,tcp")

@@ -212,6 +212,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         model_files: digest under which the worker published tokenizer and configuration files.
         max_model_len: longest prompt plus output in tokens.
         max_num_seqs: sequences that run at once.
+        max_requests_per_gateway: requests that one gateway may have here; 0: no bound.
         fingerprint: of its pages; prefill and decode workers are matched by it.
         host: machine identity (boot id and namespace), equal where shared memory can be shared.
         transports: what it can give or take over, best first.
@@ -234,6 +235,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     aliases: tuple[str, ...] = ()
     draining: bool = False
     started_at_s: float = 0.0
+    max_requests_per_gateway: int = 0
     load: WorkerLoad = WorkerLoad()
 
     def with_load(self, load: WorkerLoad, *, draining: bool) -> WorkerRecord:

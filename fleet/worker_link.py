@@ -116,8 +116,16 @@ class WorkerLink:
         self._outbox.clear()
 
     def hear_hello(self, hello: GatewayHello) -> None:
-        """A gateway lives; one that is new gets a heartbeat at once, so that it need not wait for the next."""
-        gateway = hello.gateway
+        """A gateway lives."""
+        self._hear(hello.gateway)
+
+    def know(self, gateway: PeerRef) -> None:
+        """A gateway sent work: if it has never said hello, it too is gone once it is silent for the lease."""
+        if gateway.address not in self._gateways:
+            self._hear(gateway)
+
+    def _hear(self, gateway: PeerRef) -> None:
+        """One that is new gets a heartbeat at once, so that it need not wait for the next."""
         known = self._gateways.get(gateway.address)
         self._gateways[gateway.address] = (gateway, time.monotonic())
         if known is None:

@@ -55,6 +55,11 @@ class WorkerMetrics:
         self.waiting = Gauge("baton_worker_waiting", "Sequences waiting", registry=registry)
         self.pages = Gauge("baton_worker_pages", "KV pages, by state", ["state"], registry=registry)
         self.page_bytes = Gauge("baton_worker_page_bytes", "Bytes of one KV page", ["dtype"], registry=registry)
+        self.over_share = Counter(
+            "baton_worker_over_share",
+            "Requests refused because their gateway had as many here as it may",
+            registry=registry,
+        )
         self.computed_tokens = Counter(
             "baton_worker_computed_tokens", "Tokens that went through the model", registry=registry
         )

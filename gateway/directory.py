@@ -29,6 +29,7 @@ class Worker:
             picked, since bursts race on polled figures.
         booked_requests: likewise.
         foreign_requests: that it runs for other gateways, as of its last heartbeat.
+        refuses: it said that we have our share of it; until its next heartbeat.
         free_tokens: that its free pages hold: as of its last heartbeat, less what was booked since.
     """
 
@@ -38,6 +39,7 @@ class Worker:
     booked_tokens: int = 0
     booked_requests: int = 0
     foreign_requests: int = 0
+    refuses: bool = False
     free_tokens: int = 0
 
     @property
@@ -54,8 +56,16 @@ class Worker:
         """Whether it takes new requests for this served name."""
         return not self.record.draining and model == self.record.model
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether this gateway may send it more. A quarter of the bound is for what it has not let go of yet."""
+        bound = self.record.max_requests_per_gateway
+        return not self.refuses and (bound == 0 or self.booked_requests < bound * 0.75)
+
     def has_room(self, num_tokens: int) -> bool:
         """Whether a decode worker has a seat and, unless it is idle, pages for a sequence of so many tokens."""
+        if not self.takes_more:
+            return False
         num_here = self.booked_requests + self.foreign_requests
         return num_here == 0 or (num_here < self.record.max_num_seqs and self.free_tokens >= num_tokens)
 
@@ -64,6 +74,7 @@ class Worker:
         self.record = beat.record
         self.heard_s = time.monotonic()
         self.metrics = beat.metrics
+        self.refuses = False
         load = beat.record.load
         self.foreign_requests = max(0, load.num_running - len(beat.requests))
         num_free = load.free_pages if load.total_pages else beat.record.num_pages

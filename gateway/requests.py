@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from fleet.bus import Bus
 from fleet.logs import get_logger
 from fleet.messages import (
+    OVER_SHARE,
     Cancel,
     Embedded,
     HandedOff,
@@ -187,6 +188,8 @@ class RequestTable:
                     self._end(live, event.reason, error=event.error)
             case Returned():
                 # Who committed and heard no Ack gives back what may have arrived after all.
+                if event.reason == OVER_SHARE and (full := self._directory.get(worker)) is not None:
+                    full.refuses = True
                 if worker in live.holders:
                     self.replay(live, event.reason)
                 else:

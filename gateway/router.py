@@ -71,7 +71,7 @@ class Router:
         num_tokens = len(token_ids) + min(GROWTH_TOKENS, num_to_come)
         decoders = self._directory.workers(model=model, role=Role.DECODE)
         shapes: set[Fingerprint] = {w.record.fingerprint for w in decoders if w.has_room(num_tokens)}
-        givers = self._directory.workers(model=model, role=Role.PREFILL)
+        givers = [w for w in self._directory.workers(model=model, role=Role.PREFILL) if w.takes_more]
         if not passport.is_prompt_only:
             givers = [w for w in givers if w.record.fingerprint in shapes]
         if not givers:

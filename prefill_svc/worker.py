@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -16,6 +17,7 @@ from fleet.bus import Delivery
 from fleet.departure import AskToLeave, Departure
 from fleet.logs import get_logger
 from fleet.messages import (
+    OVER_SHARE,
     Cancel,
     DrainRequest,
     Embedded,
@@ -68,6 +70,7 @@ class PrefillWorker:
         self._metrics = metrics
         self._num_arrived = 0
         self._requests: dict[tuple[str, int], PrefillRequest] = {}
+        self._num_of_gateway: Counter[PeerRef] = Counter()
         self._started: set[tuple[str, int]] = set()
         self._vectors = Vectors()
         self._draining = False
@@ -114,6 +117,11 @@ class PrefillWorker:
         if self._draining:
             self._return(passport.gateway, key, "draining")
             return
+        self.link.know(passport.gateway)
+        if key not in self._requests and self._has_its_share(passport.gateway):
+            self._metrics.over_share.inc()
+            self._return(passport.gateway, key, OVER_SHARE)
+            return
         sequence = Sequence.from_passport(passport, arrival=self._num_arrived)
         self._num_arrived += 1
         try:
@@ -126,9 +134,13 @@ class PrefillWorker:
             self._finish(sequence, FinishReason.ERROR, str(error))
         else:
             self._requests[key] = request
+            self._num_of_gateway[passport.gateway] += 1
             self._engine.grammars.prepare(passport.params.grammar)
             _log.debug("prompt taken", request_id=key[0], epoch=key[1], num_tokens=len(passport.token_ids))
             self.wake()
+
+    def _has_its_share(self, gateway: PeerRef) -> bool:
+        return 0 < self._record.max_requests_per_gateway <= self._num_of_gateway[gateway]
 
     def _forget(self, request_id: str, epoch: int) -> None:
         for sequence in self._scheduler.abort(request_id, epoch):
@@ -138,7 +150,11 @@ class PrefillWorker:
 
     def _drop(self, sequence: Sequence) -> None:
         key = (sequence.request_id, sequence.epoch)
-        self._requests.pop(key, None)
+        if self._requests.pop(key, None) is not None:
+            gateway = sequence.passport.gateway
+            self._num_of_gateway[gateway] -= 1
+            if not self._num_of_gateway[gateway]:
+                del self._num_of_gateway[gateway]
         self._started.discard(key)
         self._vectors.drop(sequence)
         if not self._requests:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import time
 
 from litestar.middleware import ASGIMiddleware
+from litestar.status_codes import HTTP_429_TOO_MANY_REQUESTS
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+REFUSAL_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2)
 SECONDS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
@@ -25,6 +27,12 @@ class HttpMetrics(ASGIMiddleware):
             "From request to the end of its answer",
             route,
             buckets=SECONDS,
+            registry=registry,
+        )
+        self._refusal_seconds = Histogram(
+            "baton_refusal_seconds",
+            "From the head of a request to the end of its refusal (429)",
+            buckets=REFUSAL_S,
             registry=registry,
         )
         self._running = Gauge("baton_http_requests_in_progress", "HTTP requests under way", route, registry=registry)
@@ -48,4 +56,7 @@ class HttpMetrics(ASGIMiddleware):
             self._running.labels(*labels).dec()
             # No status: the client left, or the server stopped, before an answer began
             self._requests.labels(*labels, str(status or 499)).inc()
-            self._seconds.labels(*labels).observe(time.perf_counter() - started_s)
+            took_s = time.perf_counter() - started_s
+            self._seconds.labels(*labels).observe(took_s)
+            if status == HTTP_429_TOO_MANY_REQUESTS:
+                self._refusal_seconds.observe(took_s)

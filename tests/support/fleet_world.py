@@ -25,8 +25,9 @@ NUM_PASSES = 2
 class World:
     """Gateway `g`, prefill workers `p1` and `p2`, decode workers `d1` to `d3`, network and clock."""
 
-    def __init__(self, *, direct: bool) -> None:
+    def __init__(self, *, direct: bool, max_per_gateway: int = 0) -> None:
         self.direct = direct
+        self.max_per_gateway = max_per_gateway
         self.now_s = 100.0
         self.network: list[Flight] = []
         self.regions: dict[PeerRef, PoolRegion] = {}

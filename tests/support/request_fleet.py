@@ -23,7 +23,14 @@ GATEWAY = PeerRef("g", 1, "tcp://g")
 
 
 def record(
-    name: str, role: Role, *, incarnation: int = 1, model: str = "m", layers: int = 1, seats: int = 64
+    name: str,
+    role: Role,
+    *,
+    incarnation: int = 1,
+    model: str = "m",
+    layers: int = 1,
+    seats: int = 64,
+    max_per_gateway: int = 0,
 ) -> WorkerRecord:
     return WorkerRecord(
         peer=PeerRef(name, incarnation, f"tcp://{name}.{incarnation}"),
@@ -38,6 +45,7 @@ def record(
         host="h",
         pid=1,
         transports=("tcp",),
+        max_requests_per_gateway=max_per_gateway,
     )
 
 

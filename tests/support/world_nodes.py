@@ -36,6 +36,7 @@ from gateway.live import LiveRequest
 from gateway.metrics import GatewayMetrics
 from gateway.requests import RequestTable
 from gateway.router import Router
+from gateway.waiting_room import WaitingRoom
 from kvtransfer.endpoint import EndpointConfig, HandOffEndpoint
 from kvtransfer.events import HandOffEvents
 from kvtransfer.host import ProcessIdentity
@@ -178,6 +179,7 @@ class WorkerNode(Node):
         record = WorkerRecord(
             peer=self.peer, role=role, model="m", fingerprint=fingerprint, model_files="", max_model_len=MAX_MODEL_LEN,
             max_num_seqs=8, page_size=PAGE_SIZE, num_pages=NUM_PAGES, host="h", pid=number, transports=("tcp",),
+            max_requests_per_gateway=world.max_per_gateway,
         )  # fmt: skip
         bank, events = self._join(engine, record)
         direct = OneMachine(self.peer, self.region, world.regions)
@@ -274,8 +276,10 @@ class DecodeNode(WorkerNode):
             record=record, engine=engine, scheduler=scheduler, mover=mover, metrics=self.metrics
         )
         bank = DecodeBank(
-            scheduler, on_reserved=lambda _: None, on_adopted=worker.on_adopted, on_rejected=worker.on_rejected
-        )
+            scheduler, max_per_gateway=record.max_requests_per_gateway, on_reserved=lambda _: None,
+            on_adopted=worker.on_adopted, on_rejected=worker.on_rejected,
+            on_over_share=lambda _: self.metrics.over_share.inc(),
+        )  # fmt: skip
         return bank, worker
 
     def _pick(self, _turn: int) -> list[PeerRef]:
@@ -296,7 +300,7 @@ class GatewayNode(Node):
             router=Router(self.directory, seed=0),
             metrics=GatewayMetrics(CollectorRegistry()),
             record=self.transitions.append,
-            admission=Admission(max_queued=100, max_wait_s=0.0),
+            admission=Admission(WaitingRoom(10.0), max_queued=100, max_wait_s=0.0),
             worker_wait_s=10.0,
             settle_s=LEASE_S / 3,
         )

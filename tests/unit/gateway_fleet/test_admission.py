@@ -8,7 +8,16 @@ import msgspec
 import pytest
 from support.request_fleet import Fleet, record, tokens
 
-from fleet.messages import Cancel, HandedOff, Heartbeat, RequestFinished, RequestNote, Returned
+from fleet.messages import (
+    OVER_SHARE,
+    Cancel,
+    HandedOff,
+    Heartbeat,
+    PrefillRequest,
+    RequestFinished,
+    RequestNote,
+    Returned,
+)
 from fleet.types import FinishReason, PeerRef, Role, WorkerLoad
 from gateway.errors import Overloaded
 
@@ -74,6 +83,32 @@ def test_pages_that_are_gone_hold_requests_back_unless_the_worker_is_idle() -> N
     assert sent(fleet) == []
     fleet.join("d", Role.DECODE)
     assert sent(fleet) == ["a"]
+
+
+def test_a_gateway_keeps_within_its_share_of_a_worker_and_the_rest_waits() -> None:
+    fleet = Fleet()
+    fleet.join("p", Role.PREFILL, max_per_gateway=4)
+    fleet.join("d", Role.DECODE)
+    for name in ("a", "b", "c", "d"):  # a quarter is left for what the worker has not let go of yet
+        fleet.admit(name)
+    assert sent(fleet) == ["a", "b", "c"]
+    finish(fleet, "a")
+    assert sent(fleet) == ["d"]
+
+
+def test_who_is_refused_for_its_gateways_share_goes_elsewhere_or_waits_for_a_heartbeat() -> None:
+    fleet = Fleet()
+    full = fleet.join("p", Role.PREFILL)
+    fleet.join("d", Role.DECODE)
+    lives = [fleet.admit("a"), fleet.admit("b")]
+    other = fleet.join("q", Role.PREFILL)
+    fleet.bus.sent.clear()
+    fleet.say(full, Returned(request_id="a", epoch=0, reason=OVER_SHARE))
+    fleet.say(other, Returned(request_id="a", epoch=1, reason=OVER_SHARE))
+    assert [to for to, _ in fleet.bus.take(PrefillRequest)] == [other.address]
+    fleet.join("p", Role.PREFILL)  # its next heartbeat
+    assert [(to, sent.passport.epoch) for to, sent in fleet.bus.take(PrefillRequest)] == [(full.address, 2)]
+    assert not any(live.ended for live in lives)
 
 
 def test_at_a_full_queue_a_priority_request_displaces_the_last_flex_one() -> None:
