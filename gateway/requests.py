@@ -200,7 +200,7 @@ class RequestTable:
         if not live.accept_handing_off(event, worker):
             if explains:  # the taker's word has overtaken this one, and did not say why it took over
                 self._metrics.count_move(event.reason)
-                self._note_state(live, RequestState.DECODING, transport=event.transport)
+                self._journal.state(live, RequestState.DECODING, transport=event.transport)
             return
         self._holders.follow(live)
         taker = self._directory.get(event.taker)
