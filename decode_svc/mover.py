@@ -7,9 +7,10 @@ Live migration as in Llumnix (OSDI 2024), over the protocol by which they came:
        +------------------+-------------------+------ no grant any more ----------+          +--> given back
                                                                                   no Ack: only a replay may go on
 
-A sequence decodes here until the stop, and again whenever a hand-off ends before its Commit. The stop comes right
-after a step was booked, when no plan is in flight, so that the passport holds every token that was said. What is left
-to move then is at most `MAX_LAG` full pages and a partial one.
+A sequence decodes here until the stop, and again whenever a hand-off ends before its Commit. It is stopped right
+after a step was booked and stands once no plan in flight computes it, so that the passport holds every token that was
+said. What is left to move then is at most `MAX_LAG` full pages and a partial one, or one page more where the next step
+was under way already.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class _Move:
         shared: own pages that the hand-off may read, held for it until `release_pages`.
         granted_s: when there was first room; None before.
         stopped_s: when it stopped for its last pages.
+        asked_commit: what it computed last is booked, and the hand-off has all its pages to move.
         committed_s: when the Commit went out: never to run here again; None before.
         withdrawn: called off by us; it runs on here.
     """
@@ -77,6 +79,7 @@ class _Move:
     shared: list[int] = field(default_factory=list)
     granted_s: float | None = None
     stopped_s: float = 0.0
+    asked_commit: bool = False
     committed_s: float | None = None
     withdrawn: bool = False
 
@@ -85,8 +88,8 @@ class Mover:
     """The giving half of a decode worker. Everything happens on the event loop's thread, nothing here waits.
 
     The worker calls `tick` now and then while it wants to be rid of all its sequences, or `offer` for some of them and
-    `call_off` now and then; `on_booked` whenever no plan is in flight, and `forget` for each sequence that ends here.
-    The hand-offs' news come as in `HandOffEvents`.
+    `call_off` now and then; `on_booked` after each step and where there is none, and `forget` for each sequence that
+    ends here. The hand-offs' news come as in `HandOffEvents`.
 
     Args:
         pool: of the pages.
@@ -177,11 +180,15 @@ class Mover:
         )
 
     def on_booked(self) -> None:
-        """No plan is in flight: let full pages flow, and stop the sequences of which little is left to move."""
+        """Let full pages flow, stop the sequences of which little is left to move, and send what stands."""
         now_s = self._clock()
         for move in list(self._moves.values()):
             sequence = move.sequence
-            if move.withdrawn or move.granted_s is None or sequence.phase is not Phase.RUNNING:
+            if move.withdrawn or move.granted_s is None:
+                continue
+            if sequence.phase is Phase.PAUSED:
+                self._commit_once_booked(move)
+            if sequence.phase is not Phase.RUNNING:
                 continue
             full = sequence.page_table[: sequence.num_computed_tokens // self._pool.page_size]
             self._share(move, full)
@@ -191,12 +198,15 @@ class Mover:
                 continue
             # A holder that never said a token of its own could not be told from the one before it.
             if sequence.num_output_tokens > sequence.passport.next_index:
-                self._stop(move)
+                self._scheduler.pause(sequence)
+                move.stopped_s = now_s
+                self._commit_once_booked(move)
 
-    def _stop(self, move: _Move) -> None:
+    def _commit_once_booked(self, move: _Move) -> None:
         sequence = move.sequence
-        self._scheduler.pause(sequence)
-        move.stopped_s = self._clock()
+        if move.asked_commit or self._scheduler.is_in_flight(sequence):
+            return
+        move.asked_commit = True
         used = sequence.page_table[: pages_for(sequence.num_computed_tokens, self._pool.page_size)]
         self._share(move, used)
         self.endpoint.commit(sequence.to_passport(), page_ids=used, num_computed_tokens=sequence.num_computed_tokens)

@@ -75,7 +75,7 @@ async def _run(
         lookahead_tokens=settings.lookahead_tokens,
         watermark_pages=settings.watermark_pages,
     )
-    scheduler = DecodeScheduler(engine.pool, engine.cache, limits)
+    scheduler = DecodeScheduler(engine.pool, engine.cache, limits, feeds_next=engine.runner.feeds_next)
     record = opened.record(peer, Role.DECODE, fingerprint, host=host_identity(), transports=tuple(transports))
     redis = connect(settings.redis_url)
     registry = Registry(redis, namespace=settings.namespace, lease_s=settings.lease_s)

@@ -14,11 +14,12 @@ and is given back where nothing of ours holds any; hence the first in order alwa
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 
 from engine.errors import AlreadyFinished, OutOfPages, SequenceTooLong
 from engine.limits import DecodeLimits
+from engine.lookahead import rows_after
 from engine.pages import PagePool, pages_for
 from engine.plan import Row, StepOutput, StepPlan
 from engine.prefix_cache import PrefixCache
@@ -41,18 +42,27 @@ class DecodeScheduler:
         pool: where pages come from.
         cache: names of `pool`.
         limits: see there.
+        feeds_next: see `engine.plan.Runner`; by default no step is planned ahead.
 
     Raises:
         ValueError: `limits.max_model_len` exceeds the pool; a sequence could outgrow it alone.
     """
 
-    def __init__(self, pool: PagePool, cache: PrefixCache, limits: DecodeLimits) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        cache: PrefixCache,
+        limits: DecodeLimits,
+        *,
+        feeds_next: Callable[[StepPlan], bool] = lambda _: False,
+    ) -> None:
         if limits.max_model_len > pool.num_pages * pool.page_size:
             num_tokens = pool.num_pages * pool.page_size
             raise ValueError(f"max_model_len is {limits.max_model_len}, the pool holds {num_tokens} tokens")
         self._pool = pool
         self._cache = cache
         self._limits = limits
+        self._feeds_next = feeds_next
         self._running: list[Sequence] = []  # in order
         self._paused: list[Sequence] = []
         self._sequences = SequenceIndex()  # running and paused
@@ -214,24 +224,40 @@ class DecodeScheduler:
                 self._returned.append(last)
         return self._in_flight.start(StepPlan(tuple(rows))) if rows else None
 
+    def schedule_ahead(self) -> StepPlan | None:
+        """See `Scheduler.schedule_ahead`. Gives nobody back: who is in flight keeps its pages anyway.
+
+        Mutates: page tables grow.
+        """
+        before = self._in_flight.only
+        if before is None or not self._feeds_next(before):
+            return None
+        rows = rows_after(before, self._running, self._limits.max_model_len)
+        if not rows or not all(self._grow(row.sequence, row.start + row.count) for row in rows):
+            return None
+        plan = StepPlan(tuple(rows))
+        return self._in_flight.start(plan) if self._feeds_next(plan) else None
+
     def take_returned(self) -> list[Sequence]:
         """Sequences given back since the last call, for replay elsewhere: no longer here, without pages."""
         returned, self._returned = self._returned, []
         return returned
 
     def commit(self, plan: StepPlan, out: StepOutput) -> StepProgress:
-        """Book the results of the plan in flight: tokens, ends, newly named pages. Ended ones are DONE, without pages.
+        """Book the results of the oldest plan in flight: tokens, ends, newly named pages.
+
+        Ended sequences are DONE, without pages as soon as no plan in flight computes them.
 
         Raises:
-            StepOutOfOrder: `plan` is not the one in flight.
+            StepOutOfOrder: `plan` is not that one.
             BrokenInvariant: `out` is not as long as the plan; nothing was booked.
         """
         self._in_flight.finish(plan, out)
         rows = []
         for row, result in zip(plan.rows, out.sampled, strict=True):
             sequence = row.sequence
-            if sequence.phase is Phase.DONE:  # aborted during the step
-                self._free_pages(sequence)
+            if sequence.phase is Phase.DONE:  # aborted during the step, or ended by the one before
+                self._free_unless_in_flight(sequence)
                 continue
             progress = settle(
                 row,
@@ -257,8 +283,8 @@ class DecodeScheduler:
     def pause(self, sequence: Sequence) -> None:
         """Take a running sequence out of the batch, to move its last pages; it keeps them all.
 
-        If the plan in flight computes it, that row is still booked, and may even end it: build the passport after
-        `commit`. No effect on a sequence that is not running.
+        If a plan in flight computes it, that row is still booked, and may even end it: build the passport once
+        `is_in_flight` says no. No effect on a sequence that is not running.
         """
         if sequence.phase is Phase.RUNNING:
             self._running.remove(sequence)
@@ -273,22 +299,21 @@ class DecodeScheduler:
             sequence.phase = Phase.RUNNING
 
     def is_in_flight(self, sequence: Sequence) -> bool:
-        """Whether the plan in flight computes this sequence, so that its ids may still grow by `commit`."""
+        """Whether a plan in flight computes this sequence, so that its ids may still grow by `commit`."""
         return self._in_flight.holds(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Let go of a sequence, after it moved or because it is given up. Idempotent.
 
-        Its full pages stay as prefix cache. If the plan in flight computes it, `commit` releases its pages and
-        reports nothing of it.
+        Its full pages stay as prefix cache. If a plan in flight computes it, `commit` releases its pages and reports
+        nothing of it.
         """
         if sequence.phase is Phase.DONE:
             return
         (self._running if sequence.phase is Phase.RUNNING else self._paused).remove(sequence)
         sequence.phase = Phase.DONE
         self._sequences.remove(sequence)
-        if not self._in_flight.holds(sequence):
-            self._free_pages(sequence)
+        self._free_unless_in_flight(sequence)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         num_missing = pages_for(num_tokens, self._pool.page_size) - len(sequence.page_table)
@@ -300,6 +325,8 @@ class DecodeScheduler:
             return False
         return True
 
-    def _free_pages(self, sequence: Sequence) -> None:
+    def _free_unless_in_flight(self, sequence: Sequence) -> None:
+        if self._in_flight.holds(sequence):
+            return
         self._pool.release(sequence.page_table)
         sequence.page_table = []

@@ -17,12 +17,17 @@ class Row:
     """Compute `token_ids[start : start + count]` of one sequence; sample after the last one if `sample`.
 
     The sequence's page table covers `start + count` tokens when the plan is made.
+
+    Attributes:
+        follows: where the row's one token is not known yet: the row of the plan before that chooses it. None: the
+            sequence has all ids already.
     """
 
     sequence: Sequence
     start: int
     count: int
     sample: bool
+    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +100,24 @@ class StepOutput:
     scored: Mapping[int, ScoredPrompt] = field(default_factory=dict)
 
 
+class Pending(Protocol):
+    """A step that a device computes."""
+
+    def wait(self) -> StepOutput:
+        """Its results. Blocking; called once, on the step thread, in the order of the launches."""
+
+
 class Runner(Protocol):
     """Turns a plan into sampled tokens, writing keys and values into the pages that the plan's sequences name."""
 
-    def run(self, plan: StepPlan) -> StepOutput:
-        """Run one step. Blocking; called on the step thread only. Does not mutate sequences."""
+    def feeds_next(self, plan: StepPlan) -> bool:
+        """Whether this plan's tokens are chosen on a device, where rows of the next plan may follow them unseen.
+
+        Cheap; called on any thread. False for a device that is this processor: nothing could overlap.
+        """
+
+    def launch(self, plan: StepPlan) -> StepOutput | Pending:
+        """Start one step, or compute it. Called on the step thread only. Does not mutate sequences.
+
+        All that the rows say is read by the return. Rows follow only a plan that feeds them, in one that does so too.
+        """

@@ -152,6 +152,10 @@ class PrefillScheduler:
         )
         return self._in_flight.start(StepPlan(tuple(rows)))
 
+    def schedule_ahead(self) -> StepPlan | None:
+        """None: what a prompt's last chunk gives is for its hand-off, not for a next step."""
+        return None
+
     def commit(self, plan: StepPlan, out: StepOutput) -> StepProgress:
         """Book the results of the plan in flight.
 

@@ -84,6 +84,15 @@ class ModelRunner:
         self._input_shape = input_shape(model, page_size)
         self.last_timing: StepTiming | None = None
 
+    def feeds_next(self, plan: StepPlan) -> bool:
+        """See `engine.plan.Runner`: tokens are chosen by the host so far."""
+        del plan
+        return False
+
+    def launch(self, plan: StepPlan) -> StepOutput:
+        """See `engine.plan.Runner`."""
+        return self.run(plan)
+
     def run(self, plan: StepPlan) -> StepOutput:
         """Run one step; blocking. A bad row yields `Failed` for itself and leaves the others as they would be."""
         began_s = time.perf_counter()

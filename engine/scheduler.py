@@ -14,9 +14,10 @@ from engine.sequence import Sequence
 class Scheduler(Protocol):
     """Decides in integers which tokens the model computes next.
 
-    One thread owns a scheduler; the model step alone may run elsewhere. At most one plan is in flight: between
-    `schedule` and `commit` sequences may come and go, but pages of a sequence in the plan are not reused. A step
-    that fails as a whole is committed like any other, with a `Failed` for every row.
+    One thread owns a scheduler; the model step alone may run elsewhere. While a plan is in flight, between `schedule`
+    and `commit`, sequences may come and go, but pages of a sequence in the plan are not reused. At most two plans are
+    in flight, the second made by `schedule_ahead`; they are committed in order. A step that fails as a whole is
+    committed like any other, with a `Failed` for every row.
     """
 
     def schedule(self) -> StepPlan | None:
@@ -26,11 +27,18 @@ class Scheduler(Protocol):
             StepOutOfOrder: a plan is in flight.
         """
 
+    def schedule_ahead(self) -> StepPlan | None:
+        """The step after the one in flight, in flight too, where that one's tokens need not be known to make it.
+
+        None where they must be, or where one has been made already. A sequence that ends with a token of the plan
+        before is computed once more all the same: what comes of it is thrown away.
+        """
+
     def commit(self, plan: StepPlan, out: StepOutput) -> StepProgress:
-        """Book the results of the plan in flight.
+        """Book the results of the oldest plan in flight.
 
         Raises:
-            StepOutOfOrder: `plan` is not the one in flight.
+            StepOutOfOrder: `plan` is not that one.
             BrokenInvariant: `out` is not as long as the plan; nothing was booked and the plan is still in flight.
         """
 
@@ -77,31 +85,36 @@ class SequenceIndex:
 
 
 class InFlight:
-    """The one plan between `schedule` and `commit`, and whom it names."""
+    """The plans between `schedule` and `commit`, oldest first, and whom they name."""
 
-    __slots__ = ("_plan",)
+    __slots__ = ("_plans",)
 
     def __init__(self) -> None:
-        self._plan: StepPlan | None = None
+        self._plans: list[StepPlan] = []
+
+    @property
+    def only(self) -> StepPlan | None:
+        """The plan in flight, where it is just one."""
+        return self._plans[0] if len(self._plans) == 1 else None
 
     def holds(self, sequence: Sequence) -> bool:
-        """Whether the plan in flight computes this sequence."""
-        return self._plan is not None and any(row.sequence is sequence for row in self._plan.rows)
+        """Whether a plan in flight computes this sequence."""
+        return any(row.sequence is sequence for plan in self._plans for row in plan.rows)
 
     def require_none(self) -> None:
         """Raises StepOutOfOrder where a plan is in flight."""
-        if self._plan is not None:
+        if self._plans:
             raise StepOutOfOrder("the last plan must be committed before the next one is made")
 
     def start(self, plan: StepPlan) -> StepPlan:
         """Put `plan` in flight and return it."""
-        self._plan = plan
+        self._plans.append(plan)
         return plan
 
     def finish(self, plan: StepPlan, out: StepOutput) -> None:
-        """Take `plan` out of flight, after checking that it is there and that `out` fits it. Raises as `commit`."""
-        if plan is not self._plan:
-            raise StepOutOfOrder("the plan committed is not the one in flight")
+        """Take `plan` out of flight, after checking that its turn is now and that `out` fits it. Raises as `commit`."""
+        if not self._plans or plan is not self._plans[0]:
+            raise StepOutOfOrder("the plan committed is not the oldest one in flight")
         if len(out.sampled) != len(plan.rows):
             raise BrokenInvariant(f"{len(out.sampled)} results for {len(plan.rows)} rows")
-        self._plan = None
+        del self._plans[0]

@@ -20,6 +20,11 @@ def finish_reason(sequence: Sequence, token_id: int, max_model_len: int) -> Fini
     return _reason(sequence, token_id, sequence.num_output_tokens, max_model_len)
 
 
+def ends_with_next(sequence: Sequence, max_model_len: int) -> bool:
+    """Whether the next output token is the last one, whichever it is."""
+    return _is_full(sequence, sequence.num_output_tokens + 1, max_model_len)
+
+
 def finished_on_arrival(sequence: Sequence, max_model_len: int) -> FinishReason | None:
     """Why a sequence that came with output needs no further token, or None.
 
@@ -35,7 +40,8 @@ def _reason(sequence: Sequence, token_id: int, index: int, max_model_len: int) -
     params = sequence.params
     if token_id in params.stop_token_ids and index >= params.min_tokens:
         return FinishReason.STOP
-    num_output_tokens = index + 1
-    if num_output_tokens >= params.max_tokens or sequence.prompt_len + num_output_tokens >= max_model_len:
-        return FinishReason.LENGTH
-    return None
+    return FinishReason.LENGTH if _is_full(sequence, index + 1, max_model_len) else None
+
+
+def _is_full(sequence: Sequence, num_output_tokens: int, max_model_len: int) -> bool:
+    return num_output_tokens >= sequence.params.max_tokens or sequence.prompt_len + num_output_tokens >= max_model_len

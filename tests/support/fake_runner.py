@@ -99,6 +99,15 @@ class FakeRunner:
         self._step_s = step_s
         self._fail = fail
 
+    def feeds_next(self, plan: StepPlan) -> bool:
+        """Steps are computed at once. See `support.late_runner` for others."""
+        del plan
+        return False
+
+    def launch(self, plan: StepPlan) -> StepOutput:
+        """As `run`."""
+        return self.run(plan)
+
     def run(self, plan: StepPlan) -> StepOutput:
         """Write the numbers of all rows' tokens, then sample. Two rows that write the same slot fail the test."""
         if self._step_s:

@@ -6,12 +6,14 @@ from typing import cast
 
 import pytest
 from support.fake_runner import FakeRunner
+from support.late_runner import LateRunner
 from support.passports import make_fingerprint, make_passport
 
 from decode_svc.mover import MAX_MOVING, OFFER_S, PRE_COPY_S, SLACK_PAGES, Consequences, Mover
 from engine.decode_scheduler import DecodeScheduler
 from engine.limits import DecodeLimits
 from engine.pages import PagePool
+from engine.plan import StepOutput
 from engine.prefix_cache import PrefixCache
 from engine.sequence import Phase, Sequence
 from fleet.messages import MoveReason
@@ -95,8 +97,9 @@ class Bench:
         self.pool = PagePool(NUM_PAGES, PAGE_SIZE)
         cache = PrefixCache(self.pool, make_fingerprint(), enabled=False)
         limits = DecodeLimits(max_model_len=NUM_PAGES * PAGE_SIZE, lookahead_tokens=0)
-        self.scheduler = DecodeScheduler(self.pool, cache, limits)
         self.runner = FakeRunner(NUM_PAGES, PAGE_SIZE)
+        self.device = LateRunner(self.runner)
+        self.scheduler = DecodeScheduler(self.pool, cache, limits, feeds_next=self.device.feeds_next)
         self.peers = [PEER]
         self.turns: list[int] = []
         self.endpoint = FakeEndpoint()
@@ -189,6 +192,35 @@ def test_a_sequence_decodes_on_until_little_is_left_and_then_leaves_whole(bench:
     bench.endpoint.ack(A)
     assert sequence.phase is Phase.DONE
     assert bench.given_back == []
+    bench.finish()
+
+
+def test_a_sequence_whose_next_step_runs_already_leaves_with_that_token_too(bench: Bench) -> None:
+    sequence = bench.start("a")
+    bench.mover.tick()
+    bench.endpoint.grant(A)
+    plan = bench.scheduler.schedule()
+    assert plan is not None
+    first = bench.device.launch(plan)
+    ahead = bench.scheduler.schedule_ahead()
+    assert ahead is not None
+    second = bench.device.launch(ahead)
+    assert not isinstance(first, StepOutput)
+    assert not isinstance(second, StepOutput)
+    bench.scheduler.commit(plan, first.wait())
+    bench.mover.on_booked()
+    assert sequence.phase is Phase.PAUSED
+    assert bench.endpoint.commits == {}, "a token is on its way"
+    assert bench.scheduler.schedule_ahead() is None
+    (row,) = bench.scheduler.commit(ahead, second.wait()).rows
+    assert row.sampled is not None
+    bench.mover.on_booked()
+    passport, _, num_computed = bench.endpoint.commits[A]
+    assert passport.token_ids == sequence.token_ids
+    assert passport.token_ids[-1] == row.sampled.token_id
+    assert num_computed == len(passport.token_ids) - 1
+    bench.endpoint.accept(A)
+    bench.endpoint.ack(A)
     bench.finish()
 
 
