@@ -82,6 +82,7 @@ async def _run(
     peers = Peers(registry, record, lease_s=settings.lease_s)
     metrics = WorkerMetrics()
     metrics.page_bytes.labels(fingerprint.dtype).set(opened.plan.page_bytes)
+    metrics.watch_steps(engine.runner.num_steps)
     mover = Mover(
         pool=engine.pool,
         scheduler=scheduler,

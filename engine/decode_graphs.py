@@ -4,12 +4,16 @@ A graph replays the same kernels on the same memory, so everything that changes 
 are filled before each replay. Batches are padded to the next bucket: a padding row has context 0, is written to no
 slot, and its logits are dropped. All windows' work plans are padded to their largest number of parts.
 
+A bucket is two graphs, with room between them for log-probabilities of the model's own logits: the forward pass, and
+the choice of tokens. The chosen ids stay on the device, where the forward pass of the next step finds those that the
+host does not know yet.
+
 Letters: B rows of a bucket, R rows of a step, V vocab_size, n pages of the longest sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -17,6 +21,9 @@ import numpy as np
 import torch
 
 from engine.attention_inputs import InputShape
+from engine.device_copies import to_device
+from engine.device_sampler import ChoiceInputs, DeviceSampler
+from engine.device_step import AskedLogprobs, DeviceStep
 from engine.inputs import StepInputs
 from engine.kernel_backend import KernelBackend, PagedAttention
 from engine.kernels.decode_plan import DecodePlan
@@ -28,6 +35,7 @@ Capture = Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Callable[[]
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _NO_SLOT = -1
+_KNOWN = -1  # in place of the row that a token follows
 
 
 def buckets_up_to(max_rows: int) -> tuple[int, ...]:
@@ -55,12 +63,23 @@ def cuda_capture() -> Capture:
 
 
 @dataclass(frozen=True, slots=True)
-class _Captured:
-    """One bucket: its inputs, the logits it leaves behind, and how to run it."""
+class _Bucket:
+    """One captured size: its inputs, the logits it leaves behind, and how to run it.
 
+    Attributes:
+        integers: [5, B] int64: known token ids, the rows before that unknown ones follow (`_KNOWN` for none),
+            positions, rope lengths, slots. The last three are what `inputs` shows.
+        tables: [B, n] int32, shared by all windows.
+        logits: [B, V] float32.
+    """
+
+    integers: torch.Tensor
+    tables: torch.Tensor
     inputs: StepInputs
-    logits: torch.Tensor  # [B, V] float32
-    replay: Callable[[], None]
+    choice: ChoiceInputs
+    logits: torch.Tensor
+    replay_forward: Callable[[], None]
+    replay_choice: Callable[[], None]
 
 
 class DecodeGraphs:
@@ -92,93 +111,107 @@ class DecodeGraphs:
         self._pool = pool
         self._shape = shape
         self._num_pages = -(-max_model_len // shape.page_size)
-        self._captured: dict[int, _Captured] = {}
+        sizes = buckets_up_to(max_rows)
+        self._sampler = DeviceSampler(vocab_size=transformer.config.vocab_size, max_rows=sizes[-1], device=shape.device)
+        self._chosen = torch.zeros(sizes[-1], dtype=torch.int64, device=shape.device)  # by the latest launch
         with torch.inference_mode():
-            for bucket in reversed(buckets_up_to(max_rows)):  # the largest first, so that the others fit its memory
-                self._captured[bucket] = self._record(bucket, capture)
-        self._sizes = sorted(self._captured)
+            # The largest first, so that the others fit its memory.
+            captured = {bucket: self._record(bucket, capture) for bucket in reversed(sizes)}
+        self._buckets = [captured[size] for size in sizes]
+
+    def why_host(self, rows: Many[Row]) -> str | None:
+        """What keeps a step from `launch`, in a word, or None."""
+        if any(row.count != 1 or not row.sample for row in rows):
+            return "prompt"
+        return "batch" if self._bucket(rows) is None else self._sampler.why_host(rows)
 
     @torch.inference_mode()
     def forward(self, rows: Many[Row]) -> torch.Tensor | None:
         """Logits `[R, V]` float32 of a step, valid until the next one; None where no graph fits it.
 
-        Requires: rows are sound (`engine.inputs.row_error`).
+        Requires: rows are sound (`engine.inputs.row_error`) and follow nothing.
         """
-        if len(rows) > self._sizes[-1] or any(row.count != 1 or not row.sample for row in rows):
+        bucket = self._bucket(rows)
+        if bucket is None or any(row.count != 1 or not row.sample for row in rows):
             return None
-        bucket = next(size for size in self._sizes if size >= len(rows))
-        captured = self._captured[bucket]
-        self._fill(captured.inputs, rows, bucket)
-        captured.replay()
-        return captured.logits[: len(rows)]
+        self._fill(bucket, rows)
+        bucket.replay_forward()
+        return bucket.logits[: len(rows)]
 
-    def _record(self, bucket: int, capture: Capture) -> _Captured:
-        inputs = self._blank(bucket)
+    @torch.inference_mode()
+    def launch(self, rows: Many[Row]) -> DeviceStep:
+        """Queue a step and the choice of its tokens; nothing is waited for.
 
-        def work() -> torch.Tensor:
-            return self._transformer.logits(self._transformer.hidden_states(inputs, self._pool))
+        Requires: rows are sound, `why_host` has nothing against them, and those that follow are behind a launch.
+        """
+        bucket = self._bucket(rows)
+        assert bucket is not None, "`why_host` knows"  # noqa: S101 (our own invariant)
+        self._fill(bucket, rows)
+        self._sampler.fill(bucket.choice, rows)
+        bucket.replay_forward()
+        logprobs = AskedLogprobs(bucket.logits[: len(rows)], rows)
+        bucket.replay_choice()
+        return DeviceStep(self._chosen[: len(rows)], logprobs)
 
-        logits, replay = capture(work)
-        return _Captured(inputs, logits, replay)
+    def _bucket(self, rows: Many[Row]) -> _Bucket | None:
+        """The smallest that holds the rows."""
+        return next((bucket for bucket in self._buckets if bucket.tables.shape[0] >= len(rows)), None)
 
-    def _blank(self, bucket: int) -> StepInputs:
-        """Inputs of padding alone."""
+    def _record(self, size: int, capture: Capture) -> _Bucket:
         device = self._shape.device
-
-        def ids(value: int = 0) -> torch.Tensor:
-            return torch.full((bucket,), value, dtype=torch.int64, device=device)
-
-        tables = torch.zeros((bucket, self._num_pages), dtype=torch.int32, device=device)
-        return StepInputs(
-            token_ids=ids(),
-            positions=ids(),
-            rope_lengths=ids(1),
-            page_ids=ids(),
-            offsets=ids(),
-            slots=ids(_NO_SLOT),
+        integers = torch.tensor([[0], [_KNOWN], [0], [1], [_NO_SLOT]], device=device).repeat(1, size)
+        known, follows, positions, rope_lengths, slots = integers
+        tables = torch.zeros((size, self._num_pages), dtype=torch.int32, device=device)
+        inputs = StepInputs(
+            token_ids=torch.zeros_like(known),
+            positions=positions,
+            rope_lengths=rope_lengths,
+            page_ids=torch.zeros_like(known),  # read by no kernel, as are the offsets
+            offsets=torch.zeros_like(known),
+            slots=slots,
             attention={
-                window: PagedAttention(tables, self._backend.plan_padded([0] * bucket, window, self._shape.device))
+                window: PagedAttention(tables, self._backend.plan_padded([0] * size, window, device))
                 for window in self._shape.windows
             },
-            sampled_tokens=torch.arange(bucket, device=device),
+            sampled_tokens=torch.arange(size, device=device),
         )
+        choice = self._sampler.blank(size)
 
-    def _fill(self, inputs: StepInputs, rows: Many[Row], bucket: int) -> None:
-        """Write a step's integers where the graph reads them. `page_ids` and `offsets` are read by no kernel."""
-        page_size = self._shape.page_size
-        starts = [row.start for row in rows]
-        pages = [row.sequence.page_table[start // page_size] for row, start in zip(rows, starts, strict=True)]
-        slots = [page * page_size + start % page_size for page, start in zip(pages, starts, strict=True)]
-        lengths = [start + 1 for start in starts]
-        rope_lengths = [max(row.sequence.prompt_len, length) for row, length in zip(rows, lengths, strict=True)]
-        _put(inputs.token_ids, (row.sequence.token_ids[row.start] for row in rows), bucket, 0)
-        _put(inputs.positions, starts, bucket, 0)
-        _put(inputs.rope_lengths, rope_lengths, bucket, 1)
-        _put(inputs.slots, slots, bucket, _NO_SLOT)
+        def forward() -> torch.Tensor:
+            # A row without a choice is thrown away, and so is what follows it: any id will do.
+            unseen = self._chosen.index_select(0, follows.clamp(min=0)).clamp(min=0)
+            torch.where(follows == _KNOWN, known, unseen, out=inputs.token_ids)
+            return self._transformer.logits(self._transformer.hidden_states(inputs, self._pool))
+
+        logits, replay_forward = capture(forward)
+
+        def choose() -> torch.Tensor:
+            return self._chosen[:size].copy_(self._sampler.choose(choice, logits))
+
+        _, replay_choice = capture(choose)
+        return _Bucket(integers, tables, inputs, choice, logits, replay_forward, replay_choice)
+
+    def _fill(self, bucket: _Bucket, rows: Many[Row]) -> None:
+        """Write a step's integers where the graph reads them."""
+        page_size, size = self._shape.page_size, bucket.tables.shape[0]
+        integers = np.array([[0], [_KNOWN], [0], [1], [_NO_SLOT]], dtype=np.int64).repeat(size, axis=1)
+        lengths = [row.start + 1 for row in rows]
         needed = max(-(-length // page_size) for length in lengths)
         table = np.zeros((len(rows), needed), dtype=np.int32)
         for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            own = row.sequence.page_table[: -(-length // page_size)]
+            sequence, start = row.sequence, row.start
+            token, follows = (0, row.follows) if row.follows is not None else (sequence.token_ids[start], _KNOWN)
+            slot = sequence.page_table[start // page_size] * page_size + start % page_size
+            integers[:, at] = token, follows, start, max(sequence.prompt_len, length), slot
+            own = sequence.page_table[: -(-length // page_size)]
             table[at, : len(own)] = own
-        padded = lengths + [0] * (bucket - len(rows))
-        filled_table = False
-        for window, attention in inputs.attention.items():
-            assert isinstance(attention, PagedAttention)  # noqa: S101 - made by `_blank`
+        to_device(integers, bucket.integers)
+        to_device(table, bucket.tables[: len(rows), :needed])
+        padded = lengths + [0] * (size - len(rows))
+        for window, attention in bucket.inputs.attention.items():
+            assert isinstance(attention, PagedAttention)  # noqa: S101 - made by `_record`
             assert isinstance(attention.plan, DecodePlan)  # noqa: S101 - likewise
-            if not filled_table:  # windows share the tables
-                attention.tables[: len(rows), :needed].copy_(torch.from_numpy(table), non_blocking=True)
-                filled_table = True
             fresh = self._backend.plan_padded(padded, window, torch.device("cpu"))
-            for target, source in (
-                (attention.plan.items, fresh.items),
-                (attention.plan.program_items, fresh.program_items),
-                (attention.plan.row_parts, fresh.row_parts),
-            ):
-                target.copy_(source, non_blocking=True)
-
-
-def _put(target: torch.Tensor, values: Iterable[int], bucket: int, padding: int) -> None:
-    row = np.full(bucket, padding, dtype=np.int64)
-    given = np.fromiter(values, dtype=np.int64)
-    row[: len(given)] = given
-    target.copy_(torch.from_numpy(row), non_blocking=True)
+            to_device(fresh.items, attention.plan.items)
+            to_device(fresh.program_items, attention.plan.program_items)
+            to_device(fresh.row_parts, attention.plan.row_parts)

@@ -113,7 +113,7 @@ class Runner(Protocol):
     def feeds_next(self, plan: StepPlan) -> bool:
         """Whether this plan's tokens are chosen on a device, where rows of the next plan may follow them unseen.
 
-        Cheap; called on any thread. False for a device that is this processor: nothing could overlap.
+        Cheap; called while no launch runs. False for a device that is this processor: nothing could overlap.
         """
 
     def launch(self, plan: StepPlan) -> StepOutput | Pending:

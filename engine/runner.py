@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from engine.inputs import StepInputs, build_inputs, row_error
 from engine.kv_pool import page_shape
 from engine.load import LoadedModel
 from engine.page_tables import PageArray, PageTables
-from engine.plan import Failed, Result, Row, ScoredPrompt, StepOutput, StepPlan
+from engine.plan import Failed, Pending, Result, Row, ScoredPrompt, StepOutput, StepPlan
 from engine.prompt_outputs import needs_hidden_states, pool, score
 from engine.sampler import sample
 
@@ -46,6 +47,12 @@ def input_shape(model: LoadedModel, page_size: int) -> InputShape:
 class DecodeForward(Protocol):
     """A faster way through the model for steps that only decode; `engine.decode_graphs` has one."""
 
+    def why_host(self, rows: Many[Row]) -> str | None:
+        """What keeps a step of these rows from `launch`, in a word, or None. Cheap."""
+
+    def launch(self, rows: Many[Row]) -> Pending:
+        """Queue a step whose tokens are chosen on the device. Requires: `why_host` has nothing against sound rows."""
+
     def forward(self, rows: Many[Row]) -> torch.Tensor | None:
         """Logits `[R, V]` float32, or None for steps that it does not serve."""
 
@@ -56,7 +63,9 @@ class ModelRunner:
     Not thread-safe: one step at a time, all on the step thread. Mutates pages that the plan's rows name, nothing else.
 
     Attributes:
-        last_timing: of the latest step, None before the first.
+        last_timing: of the latest step that `run` computed, None before the first.
+        num_steps: on a device that could choose their tokens, by where they were chosen: `device`, or for what reason
+            on the host.
     """
 
     def __init__(
@@ -83,15 +92,25 @@ class ModelRunner:
         )
         self._input_shape = input_shape(model, page_size)
         self.last_timing: StepTiming | None = None
+        self.num_steps: Counter[str] = Counter()
 
     def feeds_next(self, plan: StepPlan) -> bool:
-        """See `engine.plan.Runner`: tokens are chosen by the host so far."""
-        del plan
-        return False
-
-    def launch(self, plan: StepPlan) -> StepOutput:
         """See `engine.plan.Runner`."""
-        return self.run(plan)
+        return self._decode is not None and self._why_host(self._decode, plan) is None
+
+    def launch(self, plan: StepPlan) -> StepOutput | Pending:
+        """See `engine.plan.Runner`. What the device cannot do is computed by `run`, and counted."""
+        if self._decode is None:
+            return self.run(plan)
+        reason = self._why_host(self._decode, plan)
+        self.num_steps[reason or "device"] += 1
+        return self.run(plan) if reason is not None else self._decode.launch(plan.rows)
+
+    def _why_host(self, decode: DecodeForward, plan: StepPlan) -> str | None:
+        for row in plan.rows:
+            if row.follows is None and self._row_error(row, self._tables.of(row.sequence)) is not None:
+                return "bad_row"
+        return decode.why_host(plan.rows)
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Run one step; blocking. A bad row yields `Failed` for itself and leaves the others as they would be."""

@@ -14,6 +14,7 @@ from fleet.hand_off_messages import RefuseReason
 from fleet.types import WorkerLoad
 
 STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+CHOSEN = ("device", "prompt", "grammar", "logit_bias", "penalties", "batch", "bad_row")
 HAND_OFF_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -111,8 +112,19 @@ class WorkerMetrics:
             registry=self.registry,
         )
         for reason in RefuseReason:
-            refusals.labels(reason.value).set_function(partial(_count, view, reason))
+            refusals.labels(reason.value).set_function(partial(_refused, view, reason))
         self.registry.register(_StaleMessages(view))
+
+    def watch_steps(self, num_steps: Mapping[str, int]) -> None:
+        """Show where the tokens of decode steps were chosen. Kept by whoever runs the steps."""
+        gauge = Gauge(
+            "baton_worker_decode_steps",
+            "Steps since start by where their tokens were chosen: device, or the reason why the host did",
+            ["chosen"],
+            registry=self.registry,
+        )
+        for where in CHOSEN:
+            gauge.labels(where).set_function(partial(_count, num_steps, where))
 
     def show_load(self, load: WorkerLoad) -> None:
         """Set the gauges from the worker's own count."""
@@ -145,5 +157,9 @@ class _StaleMessages(Collector):
         return [family]
 
 
-def _count(view: HandOffView, reason: RefuseReason) -> float:
-    return view.refusals.get(reason, 0)
+def _count(counts: Mapping[str, int], key: str) -> float:
+    return counts.get(key, 0)
+
+
+def _refused(view: HandOffView, reason: RefuseReason) -> float:
+    return _count(view.refusals, reason)

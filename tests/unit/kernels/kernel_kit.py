@@ -1,8 +1,14 @@
-"""Comparing with twins, and pools with scattered page tables. Letters as in `engine.kernels`."""
+"""Comparing with twins, pools with scattered page tables, whole models by kernels. Letters as in `engine.kernels`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from support.engine_driver import Driver
+
+from engine.kernel_backend import KernelBackend
 
 # One rounding of the dtype, relative; results of a sum in another order may differ by a few.
 ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -50,3 +56,22 @@ def poisoned_pool(
                 3, 2, num_kv_heads, head_dim
             )
     return pool.to(device, page_dtype or dtype)[:, 1], tables.to(device)
+
+
+def with_kernels(directory: Path) -> Driver:
+    """A driver whose model computes by kernels."""
+    driver = Driver(directory)
+    config = driver.model.config
+    backend = KernelBackend(group=config.num_heads // config.num_kv_heads, device=driver.model.device)
+    object.__setattr__(driver.model.transformer, "backend", backend)
+    return driver
+
+
+def eagerly(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+    """What a graph's capture and replay do, without a graph."""
+    result = work()
+
+    def replay() -> None:
+        result.copy_(work())
+
+    return result, replay

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_kit import eagerly, with_kernels
 from support.checkpoints import VOCAB_SIZE, make_checkpoint
 from support.engine_driver import Driver
 
@@ -19,15 +19,6 @@ from engine.kernels.paged_prefill_attention import PrefillPlan
 from engine.plan import Row
 
 TOLERANCE = 1e-4  # as against transformers
-
-
-def with_kernels(directory: Path) -> Driver:
-    """A driver whose model computes by kernels."""
-    driver = Driver(directory)
-    config = driver.model.config
-    backend = KernelBackend(group=config.num_heads // config.num_kv_heads, device=driver.model.device)
-    object.__setattr__(driver.model.transformer, "backend", backend)
-    return driver
 
 
 @pytest.mark.parametrize("variant", ["qwen3", "mistral-window", "llama3"])
@@ -59,16 +50,6 @@ def test_a_step_of_single_tokens_takes_the_decode_kernel(tmp_path: Path) -> None
     assert isinstance(decode, DecodePlan)
     assert isinstance(prefill, PrefillPlan)
     assert torch.equal(plans[0].tables[:, :1], torch.tensor([one.page_table[:1], two.page_table[:1]]).int())  # type: ignore[attr-defined]
-
-
-def eagerly(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-    """What a graph's capture and replay do, without a graph."""
-    result = work()
-
-    def replay() -> None:
-        result.copy_(work())
-
-    return result, replay
 
 
 @pytest.mark.parametrize("variant", ["qwen3", "mistral-window"])
