@@ -128,8 +128,8 @@ class Mover:
         return len(self._moves)
 
     def is_moving(self, sequence: Sequence) -> bool:
-        """Whether a hand-off of it has not ended."""
-        return _key(sequence) in self._moves
+        """Whether a hand-off of its request, be it of another epoch, has not ended."""
+        return any(request_id == sequence.request_id for request_id, _ in self._moves)
 
     # the worker's calls
 
@@ -147,14 +147,11 @@ class Mover:
         self.call_off()
         waiting = [s for s in self._scheduler.sequences() if s.phase is Phase.RUNNING]
         waiting.sort(key=lambda s: (self._turns.get(_key(s), 0), -self.num_to_come(s)))
-        moving = {request_id for request_id, _ in self._moves}
         for sequence in waiting:
             if len(self._moves) >= MAX_MOVING:
                 break
-            if sequence.request_id not in moving:  # another epoch of it may be on its way
-                moving.add(sequence.request_id)
-                turn = self._turns.get(_key(sequence), 0)
-                self.offer(sequence, self._pick(turn), reason)
+            if not self.is_moving(sequence):
+                self.offer(sequence, self._pick(self._turns.get(_key(sequence), 0)), reason)
 
     def num_to_come(self, sequence: Sequence) -> int:
         """Tokens that it may still say."""
@@ -164,8 +161,8 @@ class Mover:
         return min(sequence.prompt_len + sequence.params.max_tokens, self._max_model_len)
 
     def offer(self, sequence: Sequence, targets: list[PeerRef], reason: MoveReason) -> None:
-        """Ask these peers for room, if there are any. Requires: no hand-off of the request is open."""
-        if not targets:
+        """Ask these peers for room, if there are any, and no hand-off of the request is open."""
+        if not targets or self.is_moving(sequence):
             return
         key = _key(sequence)
         self._turns[key] = self._turns.get(key, 0) + 1

@@ -21,7 +21,7 @@ from support.redis_server import RedisServer
 pytestmark = pytest.mark.e2e
 
 NUM_STREAMS = 8
-MAX_TOKENS = 400
+MAX_TOKENS = 260
 GRACE_S = 15
 NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 120, "maxItems": 120}
 WAYS: list[dict[str, Any]] = [

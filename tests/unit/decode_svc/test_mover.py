@@ -397,4 +397,7 @@ def test_one_epoch_of_a_request_moves_at_a_time(bench: Bench) -> None:
     bench.mover.tick(MoveReason.DRAIN)
     bench.mover.tick(MoveReason.DRAIN)
     assert len(bench.endpoint.offers) == 1
+    for sequence in list(bench.scheduler.sequences()):
+        bench.mover.offer(sequence, [PEER], MoveReason.REBALANCE)
+    assert len(bench.endpoint.offers) == 1
     bench.finish()
