@@ -1,7 +1,7 @@
 """The choice of a token per row of edited logits, and what it depends on besides them.
 
-`choose_tokens` is the specification in plain torch; `engine.cpu.choice` and `engine.kernels.sampling` are the same in
-one pass each.
+`choose_tokens` is the specification in plain torch; `engine.cpu.choice` and `engine.kernels.sampling` are the same as
+one kernel each.
 
 Letters: R rows, V vocab_size.
 """

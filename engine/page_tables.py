@@ -31,16 +31,17 @@ class PageArray:
         """Take over what was appended; False if this is another table, or one that lost pages."""
         if table is not self._table or len(table) < self._length:
             return False
-        if len(table) > self._length:
-            fresh = table[self._length :]
-            if len(table) > len(self._pages):
-                grown = np.empty(int(len(table) * _SPARE), dtype=np.int64)
+        fresh = table[self._length :]
+        if fresh:
+            length = self._length + len(fresh)
+            if length > len(self._pages):
+                grown = np.empty(int(length * _SPARE), dtype=np.int64)
                 grown[: self._length] = self._pages[: self._length]
                 self._pages = grown
-            self._pages[self._length : len(table)] = fresh
+            self._pages[self._length : length] = fresh
             self.lowest = min(self.lowest, *fresh) if self._length else min(fresh)
             self.highest = max(self.highest, *fresh)
-            self._length = len(table)
+            self._length = length
         return True
 
 
