@@ -166,7 +166,8 @@ def show_refusals(fleet: Fleet, before: dict[str, float]) -> None:
     now = refusals(fleet)
     total = now["+Inf"] - before["+Inf"]
     shares = (f"{now[le] - before[le]:.0f} within {le} s" for le in now if le != "+Inf")
-    print(f"at the gateway, of {total:.0f} refusals: " + ", ".join(shares))
+    num_displaced = fleet.metric("baton_requests_rejected_total", reason="displaced")
+    print(f"at the gateway, of {total:.0f} refusals: " + ", ".join(shares) + f"; displaced so far: {num_displaced:.0f}")
 
 
 def refusals(fleet: Fleet) -> dict[str, float]:

@@ -264,6 +264,7 @@ class DecodeNode(WorkerNode):
         super().__init__(world, name, number, Role.DECODE)
         self.worker.endpoint = self._mover.endpoint = self.endpoint
         self.worker.look_for_peers = lambda: None
+        self.worker.stop_rebalancing = lambda: None
 
     def _join(self, engine: Engine, record: WorkerRecord) -> tuple[DecodeBank | None, HandOffEvents]:
         limits = DecodeLimits(max_model_len=MAX_MODEL_LEN, lookahead_tokens=0)
