@@ -197,7 +197,7 @@ def test_a_sequence_decodes_on_until_little_is_left_and_then_leaves_whole(bench:
 
 def test_a_sequence_whose_next_step_runs_already_leaves_with_that_token_too(bench: Bench) -> None:
     sequence = bench.start("a")
-    bench.mover.tick()
+    bench.mover.tick(MoveReason.DRAIN)
     bench.endpoint.grant(A)
     plan = bench.scheduler.schedule()
     assert plan is not None
