@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from support.fleet import DEMO, Fleet
+from support.fleet import DEMO_PREFILL, DEMO_WORKER, Fleet
 from support.redis_server import RedisServer
 
 
@@ -20,14 +20,13 @@ def module_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 @contextmanager
 def _demo_fleet(paths: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two prefill and two decode workers with the demo model in float32, so that answers are exactly repeatable."""
-    worker = {"model": str(DEMO), "served_model_name": "demo,baton-demo", "dtype": "float32"}
     with (
         RedisServer(paths.mktemp("redis")) as redis,
         Fleet(redis, paths.mktemp("fleet"), settings={"lease_s": "2"}) as fleet,
     ):
         for number in (1, 2):
-            fleet.start("prefill_svc", f"prefill-{number}", max_step_tokens=64, **worker)
-            fleet.start("decode_svc", f"decode-{number}", **worker)
+            fleet.start("prefill_svc", f"prefill-{number}", **DEMO_PREFILL)
+            fleet.start("decode_svc", f"decode-{number}", **DEMO_WORKER)
         fleet.gateway()
         fleet.wait_ready(prefill=2, decode=2)
         yield fleet

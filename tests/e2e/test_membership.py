@@ -60,7 +60,7 @@ def client_of(fleet: Fleet) -> openai.AsyncOpenAI:
 
 async def test_workers_added_and_drained_under_load(fleet: Fleet) -> None:
     async with client_of(fleet) as client:
-        undisturbed = [await ask(client, number) for number in range(4)]
+        undisturbed = await asyncio.gather(*(ask(client, number) for number in range(4)))
         texts: dict[int, list[str]] = {number: [] for number in range(4)}
         stop = asyncio.Event()
 
@@ -88,7 +88,7 @@ async def test_workers_added_and_drained_under_load(fleet: Fleet) -> None:
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_kill_9_under_load_costs_a_pause_and_no_token(fleet: Fleet, role: str) -> None:
     async with client_of(fleet) as client:
-        undisturbed = [await ask(client, number, 300) for number in range(6)]
+        undisturbed = await asyncio.gather(*(ask(client, number, 300) for number in range(6)))
         victim = next(name for name in fleet.services if name.startswith(role))
         add(fleet, role, 10 + len(fleet.services))
         await asyncio.to_thread(fleet.wait_ready, **{role: 2})
@@ -107,7 +107,7 @@ async def test_kill_9_under_load_costs_a_pause_and_no_token(fleet: Fleet, role: 
 
 async def test_a_frozen_worker_costs_a_pause_and_wakes_up_clean(fleet: Fleet) -> None:
     async with client_of(fleet) as client:
-        undisturbed = [await ask(client, number, 200) for number in range(4)]
+        undisturbed = await asyncio.gather(*(ask(client, number, 200) for number in range(4)))
         victim = next(name for name in fleet.services if name.startswith("decode"))
         add(fleet, "decode", 20)
         await asyncio.to_thread(fleet.wait_ready, decode=2)
@@ -136,4 +136,4 @@ async def test_a_frozen_worker_costs_a_pause_and_wakes_up_clean(fleet: Fleet) ->
             within_s=5,
             what="what the woken worker still had to say is counted",
         )
-        assert [await ask(client, number, 200) for number in range(4)] == undisturbed
+        assert await asyncio.gather(*(ask(client, number, 200) for number in range(4))) == undisturbed

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 import torch
-from support.fleet import DEMO, Fleet, until
+from support.fleet import DEMO, DEMO_PREFILL, Fleet, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.e2e
@@ -22,8 +22,8 @@ TEXTS = ["What is TTFT?", LONG, "Tell me a short story.", "3 + 4"]
 
 
 @pytest.fixture(scope="module")
-def sdk(own_demo_fleet: Fleet) -> openai.OpenAI:
-    return own_demo_fleet.client()
+def sdk(demo_fleet: Fleet) -> openai.OpenAI:
+    return demo_fleet.client()
 
 
 @pytest.fixture(scope="module")
@@ -110,24 +110,27 @@ def test_the_best_of_several_samples_comes_first(sdk: openai.OpenAI) -> None:
     assert best.usage.completion_tokens == everyone.usage.completion_tokens
 
 
-def test_vectors_survive_the_death_of_a_prefill_worker(sdk: openai.OpenAI, own_demo_fleet: Fleet) -> None:
+def test_vectors_survive_the_death_of_a_prefill_worker(sdk: openai.OpenAI, demo_fleet: Fleet) -> None:
     texts = [f"{number}. {LONG}" for number in range(40)]
     ask: dict[str, Any] = {"model": "demo", "input": texts, "extra_body": {"pooling": "mean"}}
     expected = [entry.embedding for entry in sdk.embeddings.create(**ask).data]
+    replays = demo_fleet.metric("baton_replays_total", reason="worker_lost")
     with ThreadPoolExecutor(1) as pool:
         again = pool.submit(sdk.embeddings.create, **ask)
-        until(lambda: own_demo_fleet.metric("baton_requests_live") > 10, within_s=10, what="the batch is under way")
-        own_demo_fleet.forget("prefill-1").kill()
+        until(lambda: demo_fleet.metric("baton_requests_live") > 10, within_s=10, what="the batch is under way")
+        demo_fleet.forget("prefill-1").kill()
         answer = again.result(timeout=60)
     for entry, vector in zip(answer.data, expected, strict=True):
         assert entry.embedding == pytest.approx(vector, abs=1e-5)
-    assert own_demo_fleet.metric("baton_replays_total", reason="worker_lost") > 0
+    assert demo_fleet.metric("baton_replays_total", reason="worker_lost") > replays
+    demo_fleet.start("prefill_svc", "prefill-1", **DEMO_PREFILL)  # the fleet is others' too
+    demo_fleet.wait_ready(prefill=2, decode=2)
 
 
-def test_nothing_stays_behind(own_demo_fleet: Fleet) -> None:
+def test_nothing_stays_behind(demo_fleet: Fleet) -> None:
     def idle() -> bool:
         names = ("baton_worker_running", "baton_worker_waiting", "baton_requests_live", "baton_requests_queued")
-        return not any(own_demo_fleet.metric(name) for name in names) and not own_demo_fleet.metric(
+        return not any(demo_fleet.metric(name) for name in names) and not demo_fleet.metric(
             "baton_worker_pages", state="used"
         )
 

@@ -20,6 +20,9 @@ from support.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models" / "demo"
+DEMO_WORKER: dict[str, object] = {"model": DEMO, "served_model_name": "demo,baton-demo", "dtype": "float32"}
+DEMO_PREFILL = {**DEMO_WORKER, "max_step_tokens": 64}
+"""Of the demo fleet: float32, so that answers are exactly repeatable; short steps, so that prompts take several."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written
 START_S = 60.0
 STOP_S = 20.0
