@@ -154,8 +154,7 @@ class OpenModel:
         # Under dynamic rope the keys of a long prompt depend on its length, so equal tokens are not equal pages.
         reusable = not config.rotation_salt(plan.max_model_len)
         cache = PrefixCache(pool, fingerprint, enabled=self.settings.prefix_cache and reusable)
-        group = config.num_heads // config.num_kv_heads
-        self.model.transformer.backend.warm(group=group, head_dim=config.head_dim, page_size=plan.page_size)
+        self.model.transformer.backend.warm(config, plan.page_size)
         grammars = GrammarDesk(self.files[1], config.vocab_size)
         grammars.warm()
         graphs = self._graphs(tensor) if decodes and self.model.device.type == "cuda" else None

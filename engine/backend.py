@@ -20,6 +20,7 @@ from engine.attention_inputs import AttentionInputs, InputShape, TableRow, gathe
 from engine.exactness import is_exact, padded
 from engine.fp8 import E4M3, Fp8Matrix, to_e4m3
 from engine.inputs import StepInputs
+from engine.model_config import ModelConfig
 from engine.rope import rotate
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
@@ -28,8 +29,8 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
 class Backend(Protocol):
     """What `engine.transformer` asks for, layer by layer. All tensors are of the model's dtype unless said."""
 
-    def warm(self, *, group: int, head_dim: int, page_size: int) -> None:
-        """Compile what steps of this model will need: G, D, P. Called once, before the worker is ready."""
+    def warm(self, config: ModelConfig, page_size: int) -> None:
+        """Compile what steps of this model will need. Called once, before the worker is ready."""
 
     def begin_layer(self) -> None:
         """A layer is about to be computed; the place to look whether there are more or fewer cores than before."""
@@ -102,7 +103,7 @@ class Backend(Protocol):
 class TorchBackend:
     """Every operation in plain torch."""
 
-    def warm(self, *, group: int, head_dim: int, page_size: int) -> None:
+    def warm(self, config: ModelConfig, page_size: int) -> None:
         """Nothing is compiled."""
 
     def begin_layer(self) -> None:

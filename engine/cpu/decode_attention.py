@@ -18,6 +18,10 @@ import numpy as np
 from numba import carray
 
 from engine.cpu.jit import kernel, narrow, num_threads, pointer, thread_num, widen
+from engine.cpu.vectors import mix, score, weigh
+
+FOLD = 4
+"""Slots whose values are added to the sums in one reading of these."""
 
 WORDS = 12
 """Of the argument array, in order: addresses of queries, page tables, starts, firsts, ends, tokens, output and of the
@@ -25,7 +29,7 @@ layer's first page; B; Hkv; bytes from page to page over 2; bytes from token to 
 
 
 @functools.cache
-def decode_attention(group: int, head_dim: int, page_size: int) -> Any:  # noqa: C901 - as below
+def decode_attention(group: int, head_dim: int, page_size: int) -> Any:  # noqa: C901, PLR0915 - as below
     """The kernel for one shape.
 
     Reads queries `[T, Hq, D]` bf16 (tokens strided), the layer's pages `[N, 2, Hkv, P, D]` bf16 (pages strided), flat
@@ -33,9 +37,11 @@ def decode_attention(group: int, head_dim: int, page_size: int) -> Any:  # noqa:
     among T (all int64 `[B]`). Writes `[T, Hq, D]` bf16 for those tokens.
     """
     scale = np.float32(1 / math.sqrt(head_dim))
-    run_bytes = 2 * page_size * head_dim  # of one head's keys in one page
+    slot_bytes = 2 * head_dim
+    run_bytes = page_size * slot_bytes  # of one head's keys in one page
+    head_bytes = 4 * group * head_dim  # of one key head's queries
 
-    def run(words: Any) -> None:  # noqa: C901, PLR0912 - one function, or numba could not keep it on disk
+    def run(words: Any) -> None:  # noqa: C901, PLR0912, PLR0915 - one function, or numba could not keep it on disk
         num_rows, num_heads, page_stride, query_stride = words[8], words[9], words[10], words[11]
         tables = carray(pointer(words[1]), 1 << 40, np.int64)
         starts = carray(pointer(words[2]), num_rows, np.int64)
@@ -53,6 +59,8 @@ def decode_attention(group: int, head_dim: int, page_size: int) -> Any:  # noqa:
         best = np.empty((num_mine, group), np.float32)
         mass = np.empty((num_mine, group), np.float32)
         scores = np.empty((group, page_size), np.float32)
+        query_at, total_at = np.int64(queries.ctypes.data), np.int64(sums.ctypes.data)
+        score_at = np.int64(scores.ctypes.data)
         shape = (num_mine, group, head_dim)
         for row in range(row_part, num_rows if row_part < row_parts else 0, row_parts):
             first, end, start, token = firsts[row], ends[row], starts[row], tokens[row]
@@ -70,32 +78,33 @@ def decode_attention(group: int, head_dim: int, page_size: int) -> Any:  # noqa:
                 page = words[7] + 2 * tables[start + at] * page_stride + first_head * run_bytes
                 low, high = max(0, first - at * page_size), min(page_size, end - at * page_size)
                 for head in range(num_mine):
-                    keys = carray(pointer(page + head * run_bytes), (page_size, head_dim), np.uint16)
-                    values = carray(pointer(page + (num_heads + head) * run_bytes), (page_size, head_dim), np.uint16)
+                    if high - low < page_size:
+                        scores[:] = -np.inf
+                    key = page + head * run_bytes
                     for slot in range(low, high):
-                        for g in range(group):
-                            score = np.float32(0)
-                            for d in range(head_dim):
-                                score += queries[head, g, d] * widen(keys[slot, d])
-                            scores[g, slot] = score
+                        score(
+                            query_at + head * head_bytes, key + slot * slot_bytes, score_at + 4 * slot,
+                            group, head_dim, page_size,
+                        )  # fmt: skip
                     for g in range(group):
                         top = best[head, g]
                         for slot in range(low, high):
                             top = max(top, scores[g, slot])
-                        shrink = np.float32(math.exp(best[head, g] - top))
-                        best[head, g] = top
-                        mass[head, g] *= shrink
-                        for slot in range(low, high):
-                            weight = np.float32(math.exp(scores[g, slot] - top))
-                            scores[g, slot] = weight
-                            mass[head, g] += weight
-                        for d in range(head_dim):
-                            sums[head, g, d] *= shrink
-                    for slot in range(low, high):
-                        for g in range(group):
-                            weight = scores[g, slot]
+                        if top > best[head, g]:
+                            shrink = np.float32(math.exp(best[head, g] - top))
+                            best[head, g] = top
+                            mass[head, g] *= shrink
                             for d in range(head_dim):
-                                sums[head, g, d] += weight * widen(values[slot, d])
+                                sums[head, g, d] *= shrink
+                        mass[head, g] += weigh(score_at + 4 * g * page_size, top, page_size)
+                    sum_at, value = total_at + head * head_bytes, page + (num_heads + head) * run_bytes
+                    slot = low
+                    while slot + FOLD <= high:
+                        mix(sum_at, value + slot * slot_bytes, score_at + 4 * slot, group, head_dim, page_size, FOLD)
+                        slot += FOLD
+                    while slot < high:
+                        mix(sum_at, value + slot * slot_bytes, score_at + 4 * slot, group, head_dim, page_size, 1)
+                        slot += 1
             for head in range(num_mine):
                 for g in range(group):
                     share = np.float32(1) / mass[head, g]

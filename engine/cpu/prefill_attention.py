@@ -1,10 +1,9 @@
 """Attention of chunks by oneDNN's bfloat16 products, a run of queries at a time.
 
 torch's own flash attention for CPUs is fast with AMX; without, it reaches a fifth of the rate of the products that the
-linear layers use (`python bench/cpu_engine.py --split`). So scores are made by those products in buffers that are kept:
-written once per run, small enough to stay in the caches, and never given back to the system, which would cost a page
-fault per 4 KiB. Scores are rounded to bfloat16 before the softmax, which computes in
-float32; `transformers` in its eager mode rounds alike.
+linear layers use (`python bench/cpu_engine.py --split`). So scores are made by those products in a buffer that is kept:
+turned into weights where they lie, and never given back to the system, which would cost a page fault per 4 KiB. Scores
+are rounded to bfloat16 before the softmax, which computes in float32; `transformers` in its eager mode rounds alike.
 
 Letters: C tokens of the chunk, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head_dim, S visible slots,
 R queries of a run, N pages, P page_size.
@@ -12,22 +11,31 @@ R queries of a run, N pages, P page_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from engine.attention_inputs import Chunk
 
-_SCORES = 2**21
-"""Numbers that a run's scores may have: 4 MiB of bfloat16."""
-_LEAST_RUN = 32
-"""Fewer queries than this make the products slow."""
+_SCORES = 2**23
+"""Numbers that a run's scores may have: 16 MiB of bfloat16."""
+_LEAST_RUN, _MOST_RUN = 32, 256
+"""Fewer queries than this make the products slow; more would compute too much of what lies ahead of the first ones."""
+
+Softmax = Callable[[torch.Tensor, torch.Tensor, int, int], None]
+"""Turns scores `[H, R, S]` into weights, to be multiplied by the `[H, R]` float32 that it fills in.
+
+Then come the slot of the first query and the window, 0 for none.
+"""
 
 
 class ChunkAttention:
     """Attention of one chunk after another. Owns its buffers; one step at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, softmax: Softmax | None) -> None:
+        """`softmax` of a compiled kernel, None for torch's."""
+        self._softmax = softmax or _softmax
         self._scores = torch.empty(0, dtype=torch.bfloat16)
-        self._weights = torch.empty(0, dtype=torch.bfloat16)
         self._gathered = torch.empty(0, dtype=torch.bfloat16)
 
     def attend(
@@ -55,8 +63,8 @@ class ChunkAttention:
         base = chunk.start - chunk.first_position  # slot of the first query
         begin = 0
         while begin < length:
-            run = max(_LEAST_RUN, _SCORES // (num_heads * (base + begin + _LEAST_RUN)))
-            end = min(begin + run, length)
+            run = min(_MOST_RUN, _SCORES // (num_heads * (base + begin + _MOST_RUN)))
+            end = min(begin + max(_LEAST_RUN, run), length)
             low = 0 if chunk.window is None else max(0, base + begin + 1 - chunk.window)
             high = base + end
             shape = (num_kv_heads, group * (end - begin), high - low)
@@ -69,10 +77,10 @@ class ChunkAttention:
                 alpha=head_dim**-0.5,
                 out=scores,
             )
-            _hide(scores.view(num_kv_heads, group, end - begin, -1), base + begin - low, chunk.window)
-            weights = self._buffer("_weights", shape)
-            torch.softmax(scores, -1, out=weights)
-            result = torch.bmm(weights, values[:, low:high]).view(num_kv_heads, group, end - begin, head_dim)
+            factors = torch.empty(num_kv_heads * group, end - begin)
+            self._softmax(scores.view(*factors.shape, -1), factors, base + begin - low, chunk.window or 0)
+            result = torch.bmm(scores, values[:, low:high]).view(num_kv_heads, group, end - begin, head_dim)
+            result *= factors.view(num_kv_heads, group, -1, 1)
             output[begin:end].view(end - begin, num_kv_heads, group, head_dim).copy_(result.permute(2, 0, 1, 3))
             begin = end
 
@@ -102,13 +110,14 @@ class ChunkAttention:
         return kept[:size].view(shape)
 
 
-def _hide(scores: torch.Tensor, first_slot: int, window: int | None) -> None:
-    """Minus infinity where a query may not look. Mutates `scores` `[Hkv, G, R, S]`; query 0 sits at `first_slot`."""
+def _softmax(scores: torch.Tensor, factors: torch.Tensor, first_slot: int, window: int) -> None:
+    """The twin of `engine.cpu.row_kernels.softmax_rows`. Mutates both tensors."""
     num_queries, num_slots = scores.shape[-2:]
     slots = torch.arange(num_slots).unsqueeze(0)
     places = torch.arange(first_slot, first_slot + num_queries).unsqueeze(1)
-    if window is None:
-        # Only the last slots, those of the run itself, hold what is ahead of some query.
-        scores[..., first_slot:].masked_fill_(slots[:, first_slot:] > places, -torch.inf)
-    else:
-        scores.masked_fill_((slots > places) | (slots <= places - window), -torch.inf)
+    hidden = slots > places
+    if window:
+        hidden |= slots <= places - window
+    scores.masked_fill_(hidden, -torch.inf)
+    torch.softmax(scores, -1, out=scores)
+    factors.fill_(1)

@@ -12,6 +12,7 @@ from support.engine_driver import GREEDY, Driver, make_sequence
 
 from engine.attention import attend
 from engine.attention_inputs import AttentionInputs, InputShape, gather_plan
+from engine.backend import TorchBackend
 from engine.cpu.backend import CpuBackend
 from engine.inputs import StepInputs, build_inputs
 from engine.plan import Row
@@ -68,6 +69,47 @@ def test_attention_matches_its_twin(group: int, head_dim: int, window: int | Non
     difference = (result - expected).abs().max().item()
     print(f"largest difference {difference:.5f}")
     assert difference <= 4 * ROUNDING * expected.abs().max().item()
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("group", "head_dim"), [(2, 128), (3, 80)])
+def test_norm_rotation_and_page_write_match_their_twins(group: int, head_dim: int, normed: bool) -> None:
+    inputs, _, _, layer = step([(37, 1), (0, 21), (9, 4)], group=group, head_dim=head_dim, window=None)
+    num_tokens, num_heads = inputs.token_ids.shape[0], (group + 2) * HKV
+    qkv = torch.randn(num_tokens, num_heads * head_dim).bfloat16()
+    norms = (torch.rand(head_dim).bfloat16(), torch.rand(head_dim).bfloat16()) if normed else None
+    angles = torch.rand(num_tokens, 1, head_dim // 2) * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    fast, twin = CpuBackend(), TorchBackend()
+    wide = (norms[0].float(), norms[1].float()) if norms is not None else None
+    exact_layer, exact_qkv = layer.float(), qkv.float()
+    expected, kept = twin.rotate_and_write(
+        exact_qkv, wide, 1e-6, (cos.float(), sin.float()), exact_layer, inputs
+    )  # fmt: skip
+    rotation = fast.plan_rotation((cos, sin), inputs)
+    queries, keys_values = fast.rotate_and_write(qkv, norms, 1e-6, rotation, layer, inputs)
+    assert kept is not None
+    assert keys_values is not None
+    for result, wanted in ((queries, expected), (keys_values, kept), (layer, exact_layer)):
+        known = wanted.isfinite()
+        assert torch.equal(result.isfinite(), known)
+        assert ((result.float() - wanted).abs() <= ROUNDING * (1 + wanted.abs()))[known].all()
+
+
+def test_the_norm_of_rows_matches_its_twin() -> None:
+    hidden, weight = torch.randn(37, 96 * 2).bfloat16()[:, :96], torch.rand(96).bfloat16()
+    for rows in (hidden, hidden[:1], hidden[:0]):
+        expected = TorchBackend().rms_norm(rows.float(), weight.float(), 1e-6)
+        result = CpuBackend().rms_norm(rows, weight, 1e-6)
+        assert ((result.float() - expected).abs() <= ROUNDING * expected.abs()).all()
+
+
+@pytest.mark.parametrize("size", [3072, 80])
+def test_the_gated_activation_matches_its_twin(size: int) -> None:
+    gate_up = torch.cat((torch.linspace(-120, 120, 7 * size), torch.randn(7 * size) * 4)).view(-1, 2 * size).bfloat16()
+    expected = TorchBackend().gated_silu(gate_up.float())
+    result = CpuBackend().gated_silu(gate_up).float()
+    assert ((result - expected).abs() <= ROUNDING * expected.abs() + 1e-30).all()
 
 
 def test_a_long_prompt_takes_several_runs_and_its_last_chunk_agrees() -> None:
@@ -134,7 +176,7 @@ def test_a_bfloat16_model_says_what_its_float32_twin_says(tmp_path: Path) -> Non
 
 
 def test_without_the_compiler_the_twin_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.cpu.backend.RowAttention", missing)
+    monkeypatch.setattr("engine.cpu.backend.RowKernels", missing)
     inputs, queries, keys_values, layer = step([(37, 1), (9, 1)], group=2, head_dim=64, window=None)
     attention = plan_of(inputs, None)
     result = CpuBackend().attention(queries, keys_values, layer, attention)

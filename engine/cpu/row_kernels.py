@@ -1,0 +1,156 @@
+"""Row by row: the root-mean-square norm; norm, rotation and page write in one; activation; softmax.
+
+In plain torch these are a dozen passes over the step's tokens, each with a launch of its own. Here everything is
+computed in float32 between one reading and one writing. Threads share out the tokens.
+
+Letters: T tokens, S numbers of a row, Hq query heads, Hkv key/value heads, D head_dim, R = D / 2, P page_size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from engine.cpu.jit import kernel, narrow, num_threads, pointer, thread_num, widen
+from engine.cpu.vectors import gate, top_of, weigh_bf16
+
+WIDE = 64
+"""Numbers at a time."""
+
+
+@functools.cache
+def rms_norm_rows(size: int, eps: float) -> Any:
+    """The kernel for rows of S numbers.
+
+    Words: addresses of rows `[T, S]` bf16, weight `[S]` bf16 and output `[T, S]` bf16; T; numbers from row to row.
+    """
+    epsilon = np.float32(eps)
+
+    def run(words: Any) -> None:
+        num_rows, stride = words[3], words[4]
+        weight = carray(pointer(words[1]), size, np.uint16)
+        members, member = num_threads(), thread_num()
+        for row in range(num_rows * member // members, num_rows * (member + 1) // members):
+            source = carray(pointer(words[0] + 2 * row * stride), size, np.uint16)
+            target = carray(pointer(words[2] + 2 * row * size), size, np.uint16)
+            total = np.float32(0)
+            for at in range(size):
+                total += widen(source[at]) * widen(source[at])
+            scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(size) + epsilon))
+            for at in range(size):
+                target[at] = narrow(widen(source[at]) * scale * widen(weight[at]))
+
+    return kernel(run)
+
+
+@functools.cache
+def rotate_rows(head_dim: int, page_size: int, eps: float, normed: bool) -> Any:
+    """The kernel for one shape; with `normed` heads are normed before they turn.
+
+    Words: addresses of qkv `[T, (Hq + 2 * Hkv) * D]` bf16, of cosines and sines `[T, R]` float32, of the norms' weights
+    `[D]` bf16 (queries', then keys'), of page ids and offsets `[T]` int64 and of the layer's first page; T; Hq; Hkv;
+    numbers from token to token of qkv; numbers from page to page. Queries and keys turn in place; keys and values are
+    also written to their slots.
+    """
+    half = head_dim // 2
+    epsilon = np.float32(eps)
+
+    def run(words: Any) -> None:
+        num_tokens, num_heads, num_kv_heads, stride, page_stride = words[8], words[9], words[10], words[11], words[12]
+        page_ids = carray(pointer(words[5]), num_tokens, np.int64)
+        offsets = carray(pointer(words[6]), num_tokens, np.int64)
+        members, member = num_threads(), thread_num()
+        numbers = np.empty(head_dim, np.float32)
+        for token in range(num_tokens * member // members, num_tokens * (member + 1) // members):
+            cosines = carray(pointer(words[1] + 4 * token * half), half, np.float32)
+            sines = carray(pointer(words[2] + 4 * token * half), half, np.float32)
+            page = words[7] + 2 * (page_ids[token] * page_stride + offsets[token] * head_dim)
+            for head in range(num_heads + num_kv_heads):
+                place = words[0] + 2 * (token * stride + head * head_dim)
+                vector = carray(pointer(place), head_dim, np.uint16)
+                for d in range(head_dim):
+                    numbers[d] = widen(vector[d])
+                if normed:
+                    weight = carray(pointer(words[3] if head < num_heads else words[4]), head_dim, np.uint16)
+                    total = np.float32(0)
+                    for d in range(head_dim):
+                        total += numbers[d] * numbers[d]
+                    scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(head_dim) + epsilon))
+                    for d in range(head_dim):
+                        numbers[d] *= scale * widen(weight[d])
+                for d in range(half):
+                    first, second = numbers[d], numbers[half + d]
+                    vector[d] = narrow(first * cosines[d] - second * sines[d])
+                    vector[half + d] = narrow(second * cosines[d] + first * sines[d])
+                if head >= num_heads:
+                    slot = carray(pointer(page + 2 * (head - num_heads) * page_size * head_dim), head_dim, np.uint16)
+                    for d in range(head_dim):
+                        slot[d] = vector[d]
+            for head in range(num_kv_heads):
+                place = words[0] + 2 * (token * stride + (num_heads + num_kv_heads + head) * head_dim)
+                vector = carray(pointer(place), head_dim, np.uint16)
+                slot = carray(pointer(page + 2 * (num_kv_heads + head) * page_size * head_dim), head_dim, np.uint16)
+                for d in range(head_dim):
+                    slot[d] = vector[d]
+
+    return kernel(run)
+
+
+@functools.cache
+def gated_silu_rows(size: int) -> Any:
+    """The kernel for rows of 2 * S numbers, gates first.
+
+    Words: addresses of rows `[T, 2 * S]` bf16, contiguous, and of output `[T, S]` bf16; T.
+    """
+    run_size = math.gcd(size, WIDE)
+
+    def run(words: Any) -> None:
+        members, member = num_threads(), thread_num()
+        for row in range(words[2] * member // members, words[2] * (member + 1) // members):
+            source, target = words[0] + 4 * row * size, words[1] + 2 * row * size
+            for at in range(0, size, run_size):
+                gate(source + 2 * at, source + 2 * (size + at), target + 2 * at, run_size)
+
+    return kernel(run)
+
+
+@functools.cache
+def softmax_rows() -> Any:
+    """The kernel that turns scores into weights, in place, and says what to multiply their products by.
+
+    Words: addresses of scores `[H, R, S]` bf16 (H matrices of R queries and S slots) and of factors `[H, R]` float32,
+    the inverse sums of the weights, which are not divided; H * R; S; R; slot of the first query; window, 0 for none.
+    Query i sees the slots up to its own, at most `window` of them; the weights of others become 0.
+    """
+
+    def run(words: Any) -> None:
+        num_rows, num_slots, num_queries, first_slot, window = words[2], words[3], words[4], words[5], words[6]
+        factors = carray(pointer(words[1]), num_rows, np.float32)
+        members, member = num_threads(), thread_num()
+        for row in range(num_rows * member // members, num_rows * (member + 1) // members):
+            place = words[0] + 2 * row * num_slots
+            scores = carray(pointer(place), num_slots, np.uint16)
+            end = first_slot + row % num_queries + 1
+            begin = max(0, end - window) if window else 0
+            whole = begin + (end - begin) // WIDE * WIDE
+            top = np.float32(-np.inf)
+            for at in range(begin, whole, WIDE):
+                top = max(top, top_of(place + 2 * at, WIDE))
+            for at in range(whole, end):
+                top = max(top, widen(scores[at]))
+            total = np.float32(0)
+            for at in range(begin, whole, WIDE):
+                total += weigh_bf16(place + 2 * at, top, WIDE)
+            for at in range(whole, end):
+                weight = np.float32(math.exp(widen(scores[at]) - top))
+                scores[at] = narrow(weight)
+                total += weight
+            scores[:begin] = 0
+            scores[end:] = 0
+            factors[row] = np.float32(1) / total
+
+    return kernel(run)
