@@ -145,7 +145,7 @@ class WeightLoader:
 
     def _mapped(self, part: Part) -> torch.Tensor:
         """The tensor in the page cache if it can be used as it is, else a copy."""
-        tensor = self._checkpoint.read(f"{part.name}.weight")
+        tensor = self._checkpoint.map_alone(f"{part.name}.weight")
         if tensor.dtype != self._dtype or self._device.type != "cpu":
             return self._stack(part)
         self.weight_bytes += tensor.nbytes

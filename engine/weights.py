@@ -45,6 +45,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         """Open all shards. Raises ModelNotFound without any, UnsupportedModel for other formats and broken files."""
+        self._directory = directory
         self._files: dict[str, Any] = {}  # by file name; safetensors ships no types for its handles
         self._file_of: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -66,6 +67,13 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored, mapped and not copied. Treat as read-only."""
         tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    def map_alone(self, name: str) -> torch.Tensor:
+        """Like `read`, in a mapping of its own: what else is read of the file is not kept in memory with it."""
+        path = self._directory / self._file_of[name]
+        handle: Any = safe_open(path, framework="pt", device="cpu")
+        tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
 
     def sample(self, name: str) -> bytes:

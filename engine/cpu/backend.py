@@ -55,11 +55,9 @@ class CpuBackend(PackedBackend):
         return self._rows.gated_silu(gate_up)
 
     def plan_rotation(self, angles: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs) -> object:
-        """For the kernel in float32, `[T, R]`."""
-        if self._rows is None:
-            return super().plan_rotation(angles, inputs)
+        """For the kernel in float32, `[T, R]`; and as they are, for pages that it does not write."""
         cos, sin = angles
-        return cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()
+        return (cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()), angles
 
     def rotate_and_write(
         self,
@@ -71,10 +69,11 @@ class CpuBackend(PackedBackend):
         inputs: StepInputs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """In one pass, in place."""
-        if self._rows is None:
-            return super().rotate_and_write(qkv, norms, eps, rotation, layer, inputs)
+        wide, angles = cast("tuple[tuple[torch.Tensor, torch.Tensor], ...]", rotation)
+        if self._rows is None or layer.dtype is not torch.bfloat16:
+            return super().rotate_and_write(qkv, norms, eps, angles, layer, inputs)
         num_tokens, num_kv_heads, head_dim = qkv.shape[0], layer.shape[2], layer.shape[4]
-        self._rows.rotate_and_write(qkv, norms, eps, cast("tuple[torch.Tensor, torch.Tensor]", rotation), layer, inputs)
+        self._rows.rotate_and_write(qkv, norms, eps, wide, layer, inputs)
         kv_size = 2 * num_kv_heads * head_dim
         queries = qkv[:, :-kv_size].view(num_tokens, -1, head_dim)
         return queries, qkv[:, -kv_size:].view(num_tokens, 2, num_kv_heads, head_dim)
