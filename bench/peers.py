@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -315,6 +316,7 @@ def _absolute(path: str) -> str:
 
 def main() -> None:
     """Run, print, write."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are ended
     options = arguments()
     scale = REHEARSAL if options.rehearse else FULL
     shape = QWEN3_0_6B | (TINY if options.rehearse else {})
