@@ -80,9 +80,7 @@ def step_costs(model: LoadedModel, batch: int, context: int, steps: int) -> dict
 def opened(directory: Path) -> LoadedModel:
     """A model in bfloat16 where this machine is fast in it, its kernels compiled."""
     model = load_model(directory)
-    config = model.config
-    group = config.num_heads // config.num_kv_heads
-    model.transformer.backend.warm(group=group, head_dim=config.head_dim, page_size=PAGE_SIZE)
+    model.transformer.backend.warm(model.config, PAGE_SIZE)
     return model
 
 

@@ -131,9 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load_model(ROOT / "models" / "demo", options.dtype)
-    config = model.config
-    group = config.num_heads // config.num_kv_heads
-    model.transformer.backend.warm(group=group, head_dim=config.head_dim, page_size=PAGE_SIZE)
+    model.transformer.backend.warm(model.config, PAGE_SIZE)
     batches = [int(word) for word in options.batches.split(",")]
     contexts = [int(word) for word in options.contexts.split(",")]
     sampling = {"temperature": options.temperature, "top_p": options.top_p}
@@ -141,7 +139,7 @@ def main() -> None:
     print("| batch | context | " + " | ".join(PARTS) + " | all but forward |")
     print("| --- | --- |" + " --- |" * (len(PARTS) + 1))
     for batch, context in [(batch, contexts[0]) for batch in batches] + [(8, context) for context in contexts[1:]]:
-        length = min(context, config.max_length - STEPS - WARM_STEPS - 2)
+        length = min(context, model.config.max_length - STEPS - WARM_STEPS - 2)
         worker = Worker(model, batch, length, sampling=sampling)
         for _ in range(WARM_STEPS):
             worker.step()

@@ -56,6 +56,7 @@ class CpuBackend(PackedBackend):
 
     def plan_rotation(self, angles: tuple[torch.Tensor, torch.Tensor], inputs: StepInputs) -> object:
         """For the kernel in float32, `[T, R]`; and as they are, for pages that it does not write."""
+        del inputs
         cos, sin = angles
         return (cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()), angles
 
