@@ -82,7 +82,8 @@ def _stop(arena: Arena, victim: str) -> None:
 
 
 def _go_on(arena: Arena, victim: str) -> None:
-    arena.signal(victim, signal.SIGCONT)
+    if victim:  # nobody is, where a message that was waited for never passed
+        arena.signal(victim, signal.SIGCONT)
 
 
 def _stop_for(arena: Arena, victim: str, *, seconds: float) -> None:

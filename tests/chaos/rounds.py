@@ -101,10 +101,13 @@ class Rounds:
 
     async def play(self, fault: Fault) -> Outcome:
         """One round of a fault, and another one where it had no occasion to strike."""
+        wrong = list[str]()
         for _ in range(NUM_TRIES):
             outcome = await self._play(fault)
+            outcome.wrong[:0] = wrong
             if outcome.victim or not fault.awaits:
                 return outcome
+            wrong = [*outcome.wrong, *outcome.leaks.others]
         outcome.wrong.append("what it waits for never came to pass")
         return outcome
 
