@@ -53,8 +53,24 @@ def chosen(wanted: str) -> list[Fault]:
     return [fault for fault in faults if any(part in fault.title.lower() for part in parts)]
 
 
+class Stop:
+    """SIGTERM ends the run after the round under way, with the table of what was played; a second one ends it at once.
+
+    Attributes:
+        asked: whether one has come.
+    """
+
+    asked = False
+
+    def ask(self, *_: object) -> None:
+        """The signal's handler. Leaving by an exception takes the fleet along."""
+        if self.asked:
+            sys.exit("asked to stop")
+        self.asked = True
+
+
 async def play(
-    arena: Arena, options: argparse.Namespace, say: Callable[[str], None]
+    arena: Arena, options: argparse.Namespace, stop: Stop, say: Callable[[str], None]
 ) -> tuple[list[Outcome], dict[str, Any]]:
     """All rounds, the faults of each in an order of their own, so that a run cut short has tried all alike."""
     rounds = Rounds(
@@ -68,7 +84,7 @@ async def play(
         for fault in order.sample(faults, len(faults)):
             if fault.awaits and number % 2 == 1:
                 continue
-            if time.monotonic() - began_s > options.budget_s:
+            if stop.asked or time.monotonic() - began_s > options.budget_s:
                 break
             outcome = await rounds.play(fault)
             outcomes.append(outcome)
@@ -84,7 +100,8 @@ async def play(
 def main(arguments: list[str] | None = None) -> int:
     """Run it; 1 if a promise was broken."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))  # and take the fleet along
+    stop = Stop()
+    signal.signal(signal.SIGTERM, stop.ask)
     with (
         tempfile.TemporaryDirectory(prefix="baton-chaos-") as scratch,
         RedisServer(Path(scratch)) as redis,
@@ -97,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             "log_format": "json",
         }
         with Arena(fleet, options.seed) as arena:
-            outcomes, figures = asyncio.run(play(arena, options, lambda line: print(line, flush=True)))
+            outcomes, figures = asyncio.run(play(arena, options, stop, lambda line: print(line, flush=True)))
             fleet.stop_all()
             tracebacks = arena.tracebacks()
     earlier = [json.loads(path.read_bytes())["outcomes"] for path in options.earlier]

@@ -8,12 +8,12 @@ import signal
 import time
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 from support.fleet import DEMO, STOP_S, Fleet, Service, until
 
-from chaos.stock import Leaks, Stock, own_bytes, scrape
+from chaos.stock import Leaks, Stock, own_bytes, role_of, scrape
 from chaos.wires import Cut, Wires
 
 LEASE_S = 1.5
@@ -37,7 +37,7 @@ class Arena:
         self.urls: dict[str, str] = {}
         self.stock = Stock(fleet)
         self._ready: set[str] = set()
-        self._leaving: set[str] = set()
+        self._leaver = ""
         self._numbers: dict[str, int] = {}
 
     def __enter__(self) -> Self:
@@ -70,7 +70,12 @@ class Arena:
         if role == "gateway":
             service = self.fleet.start("gateway", name, port=0, advertise_host=host)
         else:
-            settings = {"model": DEMO, "served_model_name": "demo", "dtype": "float32", "drain_timeout_s": GRACE_S}
+            settings: dict[str, Any] = {
+                "model": DEMO,
+                "served_model_name": "demo",
+                "dtype": "float32",
+                "drain_timeout_s": GRACE_S,
+            }
             if role == "prefill":
                 settings["max_step_tokens"] = 64
             service = self.fleet.start(f"{role}_svc", name, advertise_host=host, **settings)
@@ -88,33 +93,38 @@ class Arena:
         self.fleet.forget(name)
         self.urls.pop(name, None)
         self._ready.discard(name)
-        self._leaving.discard(name)
         self.wires.drop(name)
 
-    def replace_now(self, name: str) -> None:
-        """It was killed: start another one, and wait until that is ready."""
-        self.remove(name, signal.SIGKILL)
-        self._welcome(self.add(name.partition("-")[0]))
+    def replace(self, name: str, signum: int, *, wait: bool = False) -> int:
+        """End a process, and start another one as whoever runs a fleet would; `wait`: until that is ready.
+
+        Nobody reaches the new one before `await_whole` has found it ready. Returns the exit code of the old one.
+        """
+        code = self.remove(name, signum)
+        successor = self.add(role_of(name))
+        if wait:
+            self._welcome(successor)
+        return code
 
     def ask_to_leave(self, name: str) -> None:
-        """SIGTERM, and on; `replace_gone` waits for its end."""
-        self._leaving.add(name)
+        """SIGTERM, and on; `replace_leaver` waits for its end."""
+        self._leaver = name
         self.signal(name, signal.SIGTERM)
 
-    def replace_gone(self, killed: str) -> None:
-        """Wait for those that were asked to leave, and start one process for each that is gone and was not replaced.
+    def replace_leaver(self) -> None:
+        """Whoever was asked to leave and has not been killed is waited for, and replaced.
 
         Raises:
-            RuntimeError: one that was not `killed` ended with another exit code than 0.
+            RuntimeError: it ended with another exit code than 0.
         """
-        for name, service in list(self.fleet.services.items()):
-            if name not in self._leaving and service.process.poll() is None and name != killed:
-                continue
-            code = service.process.wait(timeout=STOP_S)
-            self._forget(name)
-            self.add(name.partition("-")[0])
-            if code != 0 and name != killed:
-                raise RuntimeError(f"{name} ended with {code}")
+        name, self._leaver = self._leaver, ""
+        if name not in self.fleet.services:
+            return
+        code = self.fleet.services[name].process.wait(timeout=STOP_S)
+        self._forget(name)
+        self.add(role_of(name))
+        if code != 0:
+            raise RuntimeError(f"{name} ended with {code}")
 
     def signal(self, name: str, signum: int) -> None:
         """Send a signal to a process."""
@@ -145,7 +155,7 @@ class Arena:
                 how = f"is not known everywhere after {KNOWN_S:g} s" if code is None else f"ended with {code}"
                 problems.append(f"{name} {how}")
                 self.remove(name, signal.SIGABRT)  # its log tells where it stood
-                self.add(name.partition("-")[0])
+                self.add(role_of(name))
 
     def _lost_ones(self) -> list[str]:
         """Who has ended, at once; whom not every gateway knows, and gateways that do not answer, after `KNOWN_S`."""

@@ -64,17 +64,13 @@ class Fault:
 
 
 def _kill(arena: Arena, victim: str) -> None:
-    arena.remove(victim, signal.SIGKILL)
+    arena.replace(victim, signal.SIGKILL)
 
 
 def _term(arena: Arena, victim: str) -> None:
-    code = arena.remove(victim, signal.SIGTERM)
+    code = arena.replace(victim, signal.SIGTERM)
     if code != 0:
         raise RuntimeError(f"{victim} left with {code}")
-
-
-def _replace(role: str, arena: Arena, _victim: str) -> None:
-    arena.add(role)
 
 
 def _stop(arena: Arena, victim: str) -> None:
@@ -128,8 +124,8 @@ def _trap(
 ) -> Struck | None:
     """Strike at some message of a kind on its way, before or after it arrives.
 
-    `leaves`: the victim is asked to leave, so that its sequences move; since that empties the pool, who is killed at it
-    is replaced at once.
+    `leaves`: the victim is asked to leave, so that its sequences move. Who is killed at that may have been the last who
+    stays, so that its successor is waited for.
     """
     nth = arena.luck.randint(1, 2 if leaves else MAX_NTH)
     trap = Trap(kind, *way, side, nth=nth, before=arena.luck.random() < 0.5, blow=blow)
@@ -138,13 +134,13 @@ def _trap(
         arena.ask_to_leave(victim)
     sprung = trap.sprung.wait(TRAP_S)
     arena.wires.set_trap(None)
-    if sprung and leaves:
-        arena.replace_now(trap.victim)
+    if sprung and blow is psutil.Process.kill:
+        arena.replace(trap.victim, signal.SIGKILL, wait=leaves)
     return Struck(trap.victim, trap.sprung_s) if sprung else None
 
 
-def _replace_gone(arena: Arena, victim: str) -> None:
-    arena.replace_gone(victim)
+def _replace_leaver(arena: Arena, _victim: str) -> None:
+    arena.replace_leaver()
 
 
 _HAND_OFF = ("prefill", "decode")
@@ -184,7 +180,7 @@ def _at(
     name: str,
     role: str,
     strike: Callable[[Arena, str], Struck | None],
-    mend: Callable[[Arena, str], None] = _replace_gone,
+    mend: Callable[[Arena, str], None] = _replace_leaver,
     **fields: Any,
 ) -> Fault:
     return Fault(name, role, strike, mend, awaits=True, **{"late": 0.5, **fields})
@@ -197,8 +193,8 @@ def all_faults() -> list[Fault]:
         # A prefill worker is hit while prompts are under way, others in the middle of the streams.
         moment = 0.0 if role == "prefill" else 0.75
         rows += [
-            Fault("kill -9", role, _kill, partial(_replace, role), moment=moment),
-            Fault("SIGTERM", role, _term, partial(_replace, role), moment=moment),
+            Fault("kill -9", role, _kill, moment=moment),
+            Fault("SIGTERM", role, _term, moment=moment),
             Fault("frozen beyond the lease", role, _stop, _go_on, moment=moment),
             Fault("frozen for half a lease", role, partial(_stop_for, seconds=LEASE_S / 2), moment=moment),
             Fault("link cut", role, partial(_cut, how=Cut.RESET), _heal, moment=moment),
@@ -206,7 +202,7 @@ def all_faults() -> list[Fault]:
         ]
     return [
         *rows,
-        Fault("kill -9", "gateway", _kill, partial(_replace, "gateway"), breaks_gateway=True),
+        Fault("kill -9", "gateway", _kill, breaks_gateway=True),
         Fault("Redis killed, back empty", "", _redis_restarts_empty, late=0.5),
         Fault(f"Redis paused {REDIS_PAUSE_S:g} s", "", _redis_pauses, late=0.5),
         Fault("abort storm", "", _nothing, storms=True),

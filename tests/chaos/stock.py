@@ -82,7 +82,7 @@ class Stock:
         """The fleet is idle: what it holds now is what it may hold. Of a role, the process with the most counts."""
         self._idle.clear()
         for name, what, count in self._counts(urls):
-            key = _role(name), what
+            key = role_of(name), what
             self._idle[key] = max(self._idle.get(key, 0), count)
         self._lasting_keys, passing = self._keys()
         self._passing_kinds = {key.partition(":")[0] for key in passing}
@@ -96,7 +96,7 @@ class Stock:
         """What is there beyond the idle counts now."""
         leaks = Leaks()
         for name, what, count in self._counts(urls):
-            idle = self._idle.get((_role(name), what), 0)
+            idle = self._idle.get((role_of(name), what), 0)
             if count > idle + SLACK.get(what, 0):
                 if what.startswith("pages"):
                     leaks.pages += count - idle
@@ -154,7 +154,8 @@ class Stock:
                 yield f"{kind} {rest} is still in the registry"
 
 
-def _role(name: str) -> str:
+def role_of(name: str) -> str:
+    """What a process of this name is."""
     return name.partition("-")[0]
 
 
