@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 import httpx
 import psutil
 import redis
-from support.fleet import SHARED_MEMORY, Fleet, Service
+from support.fleet import SHARED_MEMORY, Fleet, Service, until
 
 MIB = 2**20
-SLACK = {"fds": 2, "Redis connections": 32, "memory MiB": 96}
+REST_S = 10.0
+SLACK = {"fds": 2, "Redis connections": 32, "memory MiB": 96, "decode connections": 1, "decode fds": 10}
 """What a process may have beyond its idle count. Descriptors: some come with the first use of a thread or a transport.
 Redis connections: its client library opens one for each command under way at once, and keeps it. Memory: allocators
-keep what the largest batch so far needed. Of anything else nothing."""
+keep what the largest batch so far needed. A decode worker's connections: two that even out their load speak to each
+other from the first move on, which takes descriptors at both ends. Of anything else nothing."""
+WORK = ("pages", "hand-offs", "requests", "running", "waiting")
+"""What there is none of in an idle fleet."""
 
 
 @dataclass
@@ -79,11 +83,20 @@ class Stock:
         self.pids: set[int] = set()
 
     def learn(self, urls: Mapping[str, str]) -> None:
-        """The fleet is idle: what it holds now is what it may hold. Of a role, the process with the most counts."""
-        self._idle.clear()
-        for name, what, count in self._counts(urls):
-            key = role_of(name), what
-            self._idle[key] = max(self._idle.get(key, 0), count)
+        """The fleet has nothing to do: what it holds now it may hold. Of a role, the process with the most counts.
+
+        Raises:
+            TimeoutError: it does not come to rest.
+        """
+
+        def count() -> dict[tuple[str, str], int]:
+            counted: dict[tuple[str, str], int] = {}
+            for name, what, number in self._counts(urls):
+                key = role_of(name), what
+                counted[key] = max(counted.get(key, 0), number)
+            return counted if not any(n for (_, what), n in counted.items() if what.startswith(WORK)) else {}
+
+        self._idle = until(count, within_s=REST_S, what="the fleet is idle")
         self._lasting_keys, passing = self._keys()
         self._passing_kinds = {key.partition(":")[0] for key in passing}
 
@@ -97,7 +110,8 @@ class Stock:
         leaks = Leaks()
         for name, what, count in self._counts(urls):
             idle = self._idle.get((role_of(name), what), 0)
-            if count > idle + SLACK.get(what, 0):
+            slack = SLACK.get(f"{role_of(name)} {what}", SLACK.get(what, 0))
+            if count > idle + slack:
                 if what.startswith("pages"):
                     leaks.pages += count - idle
                 leaks.others.append(f"{name}: {count} {what}, {idle} when idle")
