@@ -8,7 +8,8 @@ import random
 import httpx
 import pytest
 import zmq
-from chaos.streams import Judge, ask, asks
+from chaos.asks import asks
+from chaos.streams import Judge, ask
 from support.fleet import Fleet
 from support.passports import make_fingerprint
 
