@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 import signal
 import sys
@@ -19,6 +20,10 @@ from fleet.types import PeerRef
 
 S = TypeVar("S", bound=FleetSettings)
 
+GC_THRESHOLDS = (10_000, 10, 20)
+"""Objects made and not yet gone before the youngest are looked at, how often that before the middle ones are, and how
+often those before all are: every two million objects, where Python's own (700, 10, 10) look every 70,000."""
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_SETTINGS = 2
@@ -29,6 +34,18 @@ _log = get_logger("lifecycle")
 def new_peer(*, name: str, kind: str, address: str) -> PeerRef:
     """This process's identity; a missing name is drawn."""
     return PeerRef(name or f"{kind}-{secrets.token_hex(3)}", secrets.randbits(63), address)
+
+
+def calm_collector() -> None:
+    """Make full garbage collections rare and short; called once, when a service is about to be ready.
+
+    Such a collection walks every object with the interpreter lock held: no message is heard and no step begins for 0.1
+    to 0.3 s of computing at 2,000 streams. What the start made (modules, routes, weights) lives as long as the process
+    and is exempt from now on; what streams hold is counted off when they end, and hardly ever in cycles.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def run_from_settings(kind: type[S], serve: Callable[[S, asyncio.Event], Awaitable[None]], *, service: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from fleet import reclaim
 from fleet.bus import Bus, BusConfig, Delivery
 from fleet.departure import Departure
+from fleet.lifecycle import calm_collector
 from fleet.logs import get_logger
 from fleet.service_settings import WorkerSettings
 from fleet.types import WorkerRecord
@@ -89,6 +90,7 @@ async def run_worker(
         parts = [*parts, serve_admin(settings, conduct.record, departure)]
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    calm_collector()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in (listen(), bus.watch_peers(), *parts)]
         introduction, leaving = group.create_task(link.announce()), group.create_task(departure.wait())

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from fleet.bus import Bus, BusConfig, is_loopback
 from fleet.errors import NameTaken, SettingsError
 from fleet.keys import KeyRegistry
-from fleet.lifecycle import new_peer
+from fleet.lifecycle import calm_collector, new_peer
 from fleet.logs import get_logger
 from fleet.messages import Goodbye, Heartbeat, Publication
 from fleet.metrics import FleetCollector
@@ -194,6 +194,8 @@ async def _run(
             timeout_graceful_shutdown=HTTP_GRACE_S,
         )
     )
+
+    calm_collector()
 
     async def listen() -> None:
         async for delivery in bus.receive():
