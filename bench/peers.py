@@ -58,14 +58,22 @@ from loadtest.workload import Dialect
 
 PARTS = ("decode", "prefill", "interference")
 BASELINE = "vllm"
-FIGURE_S = 180.0
+FIGURE_S = 300.0
 FIRST_ID = 300  # below are bytes and special tokens
 _MISS = "-"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is asked. `outputs` are tokens of each stream; prompts of streams have `stream_prompt` tokens."""
+    """How much is asked.
+
+    Attributes:
+        streams: how many at once, one figure each. stream_prompt, outputs: tokens of their prompts and answers.
+        prompts, repeats: prompt lengths, and how many of each are timed.
+        intruder: shortest and longest prompt that keeps coming; phase_s: for how long.
+        running_outputs: tokens of the streams beside those: many, since a stream's first interval holds its hand-off
+            and must not be one of a hundred.
+    """
 
     streams: tuple[int, ...]
     stream_prompt: int
@@ -74,12 +82,13 @@ class Scale:
     repeats: tuple[int, ...]
     intruder: tuple[int, int]
     phase_s: float
+    running_outputs: int
     kv_bytes: int
     max_model_len: int
 
 
-FULL = Scale((1, 8, 32), 64, 96, (1024, 4096), (3, 2), (2048, 4096), 24.0, 2 * 2**30, 8192)
-REHEARSAL = Scale((1, 4), 16, 240, (128, 256), (2, 1), (128, 256), 3.0, 2**28, 1024)
+FULL = Scale((1, 8, 32), 64, 96, (1024, 4096), (3, 2), (2048, 4096), 24.0, 320, 2 * 2**30, 8192)
+REHEARSAL = Scale((1, 4), 16, 240, (128, 256), (2, 1), (128, 256), 3.0, 320, 2**28, 1024)
 TINY = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -152,7 +161,7 @@ class Client:
         """See `loadtest.interference`."""
         scale = self._scale
         plan = interference.Plan(prompts=Lengths("uniform", *scale.intruder))
-        streams = self.settings(min(8, max(scale.streams)), None, scale.stream_prompt, scale.outputs)
+        streams = self.settings(min(8, max(scale.streams)), None, scale.stream_prompt, scale.running_outputs)
         found = await interference.interfere(bench, streams, plan, self._console)
         phases = (found.alone, found.disturbed, found.beside, found.prompts_alone)
         for phase in phases:
