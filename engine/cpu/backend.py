@@ -126,7 +126,7 @@ class RowKernels:
         num_rows, size = hidden.shape
         output = torch.empty(num_rows, size, dtype=hidden.dtype)
         words = (hidden.data_ptr(), weight.data_ptr(), output.data_ptr(), num_rows, hidden.stride(0))
-        self._team.run(self._rms_norm(size, eps).address, np.array(words, dtype=np.int64))
+        self._team.run(self._rms_norm(size, eps).address, np.array(words, dtype=np.int64), hidden.numel())
         return output
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class RowKernels:
         num_rows, width = gate_up.shape
         output = torch.empty(num_rows, width // 2, dtype=gate_up.dtype)
         words = (gate_up.data_ptr(), output.data_ptr(), num_rows)
-        self._team.run(self._gated_silu(width // 2).address, np.array(words, dtype=np.int64))
+        self._team.run(self._gated_silu(width // 2).address, np.array(words, dtype=np.int64), gate_up.numel())
         return output
 
     def rotate_and_write(
@@ -165,7 +165,7 @@ class RowKernels:
             layer.stride(0),
         )
         kernel = self._rotate(head_dim, page_size, eps, norms is not None)
-        self._team.run(kernel.address, np.array(words, dtype=np.int64))
+        self._team.run(kernel.address, np.array(words, dtype=np.int64), qkv.numel())
 
     def softmax(self, scores: torch.Tensor, factors: torch.Tensor, first_slot: int, window: int) -> None:
         """See `engine.cpu.prefill_attention.Softmax`; contiguous tensors."""

@@ -41,6 +41,10 @@ def kernel(function: Callable[[Any], None], *, exact: bool = False) -> Any:
         return cfunc(SIGNATURE, **options)(function)
 
 
+_GRAIN = 2**15
+"""Numbers for which one more thread pays."""
+
+
 class Team:
     """The OpenMP threads of torch.
 
@@ -57,14 +61,19 @@ class Team:
         self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         self._parallel.restype = None
 
-    def run(self, address: int, words: np.ndarray) -> None:
+    def run(self, address: int, words: np.ndarray, numbers: int | None = None) -> None:
         """Run the kernel at `address` on as many threads as torch uses; returns when all have ended.
 
         Args:
             address: of a compiled kernel.
             words: [n] int64; what it points to must stay alive meanwhile.
+            numbers: that it computes, where they may be too few for so many threads: to wait for another one takes
+                longer than a few thousand, and far longer when other processes want the cores too.
         """
-        self._parallel(address, words.ctypes.data, torch.get_num_threads(), 0)
+        threads = torch.get_num_threads()
+        if numbers is not None:
+            threads = min(threads, 1 + numbers // _GRAIN)
+        self._parallel(address, words.ctypes.data, threads, 0)
 
 
 @intrinsic
