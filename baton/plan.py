@@ -17,6 +17,11 @@ from fleet.service_settings import DecodeSettings, GatewaySettings, PrefillSetti
 DEMO = "demo"
 GATEWAY_GRACE_S = 12.0  # open streams get five seconds, then the fleet is told
 REDIS_GRACE_S = 5.0
+SPIN_COUNT = "2000"
+"""Turns, some 30 microseconds, for which a compute thread waits awake for the others at a step's many borders.
+
+OpenMP's own 300,000 are milliseconds, in which it holds a core that another process may have taken from one of those.
+"""
 EXTRA_GRACE_S = 5.0  # beyond a worker's own drain time
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
@@ -83,6 +88,8 @@ def make_plan(wish: Wish, around: Surroundings, *, cores: int) -> FleetPlan:
         gateway = around.load(GatewaySettings, overrides)
     decode = around.load(DecodeSettings, overrides)
     environ = dict(around.environ) | as_variables(overrides)
+    if decode.shared_cores and not environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     prefix = f"{gateway.name}-" if gateway.name else ""
 
     def spec(name: str, role: str, module: str, grace_s: float) -> ChildSpec:

@@ -73,10 +73,17 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path, model:
 def test_workers_lend_each_other_cores_unless_their_threads_are_given(
     tmp_path: Path, model: Path, overrides: dict[str, str], lent: str
 ) -> None:
-    wish = dataclasses.replace(_wish(model, **overrides), cores_file="/run/cores")
+    wish = dataclasses.replace(_wish(model), overrides={"model": str(model), **overrides}, cores_file="/run/cores")
     plan = make_plan(wish, _around(tmp_path), cores=2)
     assert plan.decode.shared_cores == lent
     assert [spec.environ.get("BATON_SHARED_CORES", "") for spec in plan.specs] == [lent] * 3
+    assert ("GOMP_SPINCOUNT" in plan.specs[0].environ) == bool(lent)
+
+
+def test_threads_wait_as_the_environment_says_if_it_does(tmp_path: Path, model: Path) -> None:
+    wish = dataclasses.replace(_wish(model), cores_file="/run/cores")
+    plan = make_plan(wish, _around(tmp_path, OMP_WAIT_POLICY="active"), cores=2)
+    assert "GOMP_SPINCOUNT" not in plan.specs[0].environ
 
 
 def test_a_bad_variable_names_itself(tmp_path: Path, model: Path) -> None:
