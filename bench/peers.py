@@ -240,7 +240,7 @@ def figures(entries: list[dict[str, Any]]) -> dict[str, float]:
     lists: dict[str, list[float]] = {}
     for entry in entries:
         flat = {"start to first answer, s": [entry["ready_s"]], "peak memory, GiB": [entry["memory_gib"]]}
-        flat |= {f"decode, {n} streams, tokens/s": [rate] for n, rate in entry.get("decode", {}).items()}
+        flat |= {_decode_line(n): [rate] for n, rate in entry.get("decode", {}).items()}
         flat |= {f"prefill {n}, tokens/s": rates for n, rates in entry.get("prefill", {}).items()}
         if "interference" in entry:
             each = entry["interference"]
@@ -261,7 +261,7 @@ def limit_lines(config: ModelConfig, limits: list[dict[str, float]], scale: Scal
     """The limit of each line, from the best that any piece of the run measured."""
     best = Limits(0, max(each["read_gb_s"] for each in limits), max(each["gflop_s"] for each in limits))
     context = scale.stream_prompt + scale.outputs // 2
-    lines = {f"decode, {n} streams, tokens/s": n / decode_limit_s(config, best, n, context) for n in scale.streams}
+    lines = {_decode_line(n): n / decode_limit_s(config, best, n, context) for n in scale.streams}
     return lines | {f"prefill {n}, tokens/s": n / prefill_limit_s(config, best, n) for n in scale.prompts}
 
 
@@ -273,7 +273,7 @@ def table(document: dict[str, Any], config: ModelConfig, scale: Scale) -> str:
     for name in by_server:
         by_server[name] = figures([entry for entry in document["runs"] if entry["server"] == name])
     limits = limit_lines(config, document["limits"], scale)
-    names = list(by_server)
+    names = sorted(by_server, key=lambda name: name != "baton")  # Baton, then the others as they came
     lines = dict.fromkeys(line for name in names for line in by_server[name])
     rows = [["", *names, "limit", f"baton / {BASELINE}"], ["---"] * (len(names) + 3)]
     for line in sorted(lines, key=_order):
@@ -282,6 +282,10 @@ def table(document: dict[str, Any], config: ModelConfig, scale: Scale) -> str:
         ratio = _MISS if ours is None or not theirs else f"{ours / theirs:.2f}"
         rows.append([line, *cells, _number(limits.get(line)), ratio])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _decode_line(streams: int | str) -> str:
+    return f"decode, {streams} stream{'s' if int(streams) > 1 else ''}, tokens/s"
 
 
 def _order(line: str) -> tuple[int, int]:
