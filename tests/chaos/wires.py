@@ -204,18 +204,18 @@ class Wires:
         self._tasks.add(task)
         try:
             inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             writer.transport.abort()
             self._tasks.discard(task)
             return
         ends = (writer.get_extra_info(key)[:2] for key in ("peername", "sockname"))
-        client = await asyncio.to_thread(self._client, *ends)
-        link = _Link(name, client, (writer, inner_writer))
+        link = _Link(name, "", (writer, inner_writer))
         link.flows.set()
-        self._links.add(link)
-        if self._cuts and (how := self._is_cut(link)):
-            link.abort() if how is Cut.RESET else link.flows.clear()
         try:
+            link.client = await asyncio.to_thread(self._client, *ends)
+            self._links.add(link)
+            if self._cuts and (how := self._is_cut(link)):
+                link.abort() if how is Cut.RESET else link.flows.clear()
             with suppress(OSError):
                 await _first_of(self._watch(reader, inner_writer, link), _pump(inner_reader, writer, link))
         finally:
