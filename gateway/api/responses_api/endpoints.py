@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Literal
 
 import msgspec
@@ -41,6 +42,8 @@ _COUNT = msgspec.json.Decoder(InputTokensRequest)
 _log = get_logger("responses")
 
 MAX_PAGE = 100
+STORE_WAIT_S = 1.0
+"""A client waits so long at most for its finished response to be stored; a Redis that hangs holds up no answer."""
 
 
 @post(
@@ -223,9 +226,10 @@ async def _keep(api: ApiContext, plan: Plan, key: ApiKey | None) -> bytes:
     """Store a finished foreground response before its client hears the end. Without Redis the client still does."""
     if plan.response.store and api.responses is not None:
         try:
-            return await api.responses.save(plan.response, items=plan.items, ancestors=plan.ancestors, key=key)
+            async with asyncio.timeout(STORE_WAIT_S):
+                return await api.responses.save(plan.response, items=plan.items, ancestors=plan.ancestors, key=key)
         except UNAVAILABLE as error:
-            _log.warning("response could not be stored", id=plan.response.id, error=str(error))
+            _log.warning("response could not be stored", id=plan.response.id, error=str(error) or "Redis hangs")
     return msgspec.json.encode(plan.response)
 
 

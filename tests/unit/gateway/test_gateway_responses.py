@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,6 +17,7 @@ from fleet.keys import ApiKey, hash_secret
 from fleet.redis_client import Redis
 from fleet.types import FinishReason
 from gateway.api.auth import MemoryKeyStore
+from gateway.api.responses_api import endpoints
 from gateway.api.responses_api.store import ResponseStore
 from gateway.pipeline import Tokens
 
@@ -280,6 +282,27 @@ async def test_without_redis_answers_come_and_the_background_is_refused(pipeline
         refused = await client.post(URL, json={"model": MODEL, "input": "x", "background": True})
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
+
+
+class HangingStore(ResponseStore):
+    """A Redis that takes connections and answers nothing."""
+
+    async def save(self, *_: Any, **__: Any) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_a_redis_that_hangs_holds_up_no_end(
+    pipeline: FakePipeline, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "STORE_WAIT_S", 0.05)
+    store = HangingStore(redis, namespace="unit", ttl_s=600)
+    app = make_app(pipeline, responses=store)
+    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+        answer = await client.post(URL, json={"model": MODEL, "input": "x"})
+        assert answer.json()["status"] == "completed"
+        streamed = await client.post(URL, json={"model": MODEL, "input": "x", "stream": True})
+        assert "response.completed" in streamed.text
 
 
 async def test_a_response_belongs_to_the_key_that_made_it(pipeline: FakePipeline, redis: Redis) -> None:
