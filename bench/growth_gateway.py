@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import psutil
 from gateway_overhead import mock_fleet
+from machine import quantile
 
 WORKERS = (1, 4, 16, 64)
 STREAMS = (125, 250, 500, 1000, 2000)
@@ -113,8 +114,3 @@ async def probe(port: int, duration_s: float) -> tuple[list[float], list[float]]
 def within(times: Iterable[list[float]], began_s: float, span_s: float) -> int:
     """How many of them lie in a span."""
     return sum(began_s <= at < began_s + span_s for series in times for at in series)
-
-
-def quantile(values: list[float], share: float) -> float:
-    """Of values in any order."""
-    return sorted(values)[int(share * (len(values) - 1))]

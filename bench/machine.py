@@ -1,4 +1,4 @@
-"""What a result file says of the machine and the versions that gave it."""
+"""What the benches share: what a result file says of machine and versions, and quantiles."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def describe() -> dict[str, Any]:
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gib": round(pages / 2**30, 1)},
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Of values that need not be sorted; NaN of none."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")

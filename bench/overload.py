@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import psutil
+from machine import quantile
 from support.fleet import DEMO, Fleet  # type: ignore[import-not-found]  # of the tests, found by the path above
 from support.redis_server import RedisServer  # type: ignore[import-not-found]  # likewise
 
@@ -112,11 +113,6 @@ async def overload(pool: Pool, rate: float, duration_s: float) -> list[Outcome]:
             lag_s = time.monotonic() - due_s
             running.append(tasks.create_task(ask(pool, number, ARRIVALS[number % len(ARRIVALS)], lag_s)))
     return [task.result() for task in running]
-
-
-def quantile(values: list[float], share: float) -> float:
-    """Of values that need not be sorted; NaN of none."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
 def show(outcomes: list[Outcome]) -> None:

@@ -88,19 +88,19 @@ class Peers:
         Mutates: the first one counts as busier until the registry is read again.
         """
         known = self._known()
-        known.sort(key=lambda record: (self._load(record), record.peer.name))
+        known.sort(key=lambda record: (self._num_seqs(record) / record.max_num_seqs, record.peer.name))
         if not known:
             return []
         first = turn % len(known)
         peers = [record.peer for record in known[first:] + known[:first]]
-        self._picked[peers[0]] += 1
+        self.book(peers[0], 0)
         return peers
 
     def rooms(self) -> dict[PeerRef, Room]:
         """What each peer holds, with what was booked on it since the registry was read."""
         return {
             record.peer: Room(
-                num_seqs=record.load.num_running + record.load.num_waiting + self._picked[record.peer],
+                num_seqs=self._num_seqs(record),
                 max_num_seqs=record.max_num_seqs,
                 num_used_pages=record.num_pages - record.load.free_pages + self._picked_pages[record.peer],
                 num_pages=record.num_pages,
@@ -117,6 +117,5 @@ class Peers:
         settled_s = self._clock() - self._lease_s / 2
         return [seen.record for seen in self._seen.values() if seen.since_s <= settled_s]
 
-    def _load(self, record: WorkerRecord) -> float:
-        load = record.load
-        return (load.num_running + load.num_waiting + self._picked[record.peer]) / record.max_num_seqs
+    def _num_seqs(self, record: WorkerRecord) -> int:
+        return record.load.num_running + record.load.num_waiting + self._picked[record.peer]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch.nn import functional
@@ -27,7 +27,13 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
 
 
 class Backend(Protocol):
-    """What `engine.transformer` asks for, layer by layer. All tensors are of the model's dtype unless said."""
+    """What `engine.transformer` asks for, layer by layer. All tensors are of the model's dtype unless said.
+
+    Attributes:
+        packs: `linear` keeps a copy in a layout of its own and not the matrix that it is given.
+    """
+
+    packs: ClassVar[bool]
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Compile what steps of this model will need. Called once, before the worker is ready."""
@@ -102,6 +108,8 @@ class Backend(Protocol):
 
 class TorchBackend:
     """Every operation in plain torch."""
+
+    packs: ClassVar[bool] = False
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Nothing is compiled."""

@@ -36,6 +36,7 @@ Capture = Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Callable[[]
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _NO_SLOT = -1
 _KNOWN = -1  # in place of the row that a token follows
+_PADDING = np.array([[0], [_KNOWN], [0], [1], [_NO_SLOT]], dtype=np.int64)  # a row's `_Bucket.integers` where none is
 
 
 def buckets_up_to(max_rows: int) -> tuple[int, ...]:
@@ -121,7 +122,7 @@ class DecodeGraphs:
 
     def why_host(self, rows: Many[Row]) -> str | None:
         """What keeps a step from `launch`, in a word, or None."""
-        if any(row.count != 1 or not row.sample for row in rows):
+        if not _only_decode(rows):
             return "prompt"
         return "batch" if self._bucket(rows) is None else self._sampler.why_host(rows)
 
@@ -132,7 +133,7 @@ class DecodeGraphs:
         Requires: rows are sound (`engine.inputs.row_error`) and follow nothing.
         """
         bucket = self._bucket(rows)
-        if bucket is None or any(row.count != 1 or not row.sample for row in rows):
+        if bucket is None or not _only_decode(rows):
             return None
         self._fill(bucket, rows)
         bucket.replay_forward()
@@ -159,7 +160,7 @@ class DecodeGraphs:
 
     def _record(self, size: int, capture: Capture) -> _Bucket:
         device = self._shape.device
-        integers = torch.tensor([[0], [_KNOWN], [0], [1], [_NO_SLOT]], device=device).repeat(1, size)
+        integers = torch.from_numpy(_PADDING).to(device).repeat(1, size)
         known, follows, positions, rope_lengths, slots = integers
         tables = torch.zeros((size, self._num_pages), dtype=torch.int32, device=device)
         inputs = StepInputs(
@@ -194,7 +195,7 @@ class DecodeGraphs:
     def _fill(self, bucket: _Bucket, rows: Many[Row]) -> None:
         """Write a step's integers where the graph reads them."""
         page_size, size = self._shape.page_size, bucket.tables.shape[0]
-        integers = np.array([[0], [_KNOWN], [0], [1], [_NO_SLOT]], dtype=np.int64).repeat(size, axis=1)
+        integers = _PADDING.repeat(size, axis=1)
         lengths = [row.start + 1 for row in rows]
         needed = max(-(-length // page_size) for length in lengths)
         table = np.zeros((len(rows), needed), dtype=np.int32)
@@ -215,3 +216,8 @@ class DecodeGraphs:
             to_device(fresh.items, attention.plan.items)
             to_device(fresh.program_items, attention.plan.program_items)
             to_device(fresh.row_parts, attention.plan.row_parts)
+
+
+def _only_decode(rows: Many[Row]) -> bool:
+    """Whether every row computes one token and samples after it."""
+    return all(row.count == 1 and row.sample for row in rows)

@@ -20,10 +20,10 @@ from engine.candidates import Cuts
 from engine.device_copies import to_device
 from engine.kernels.penalties import Bias, Penalties, edit_logits
 from engine.kernels.sampling import choose_tokens
+from engine.logit_edits import banned_ids, is_penalised
 from engine.noise import as_int64
 from engine.plan import Row
 from engine.sequence import Sequence
-from fleet.types import SamplingParams
 
 MAX_BIAS = 4096
 """Entries of bias and bans in one step."""
@@ -73,7 +73,7 @@ class DeviceSampler:
             params = row.sequence.params
             if params.grammar is not None:
                 return "grammar"
-            num_penalised += _is_penalised(params)
+            num_penalised += is_penalised(params)
             if params.logit_bias or params.min_tokens:
                 entries = self._bias(row)
                 num_biased += len(entries)
@@ -120,7 +120,7 @@ class DeviceSampler:
             doubles[:, at] = params.presence_penalty, params.frequency_penalty
             if entries := self._bias(row):
                 bias[at] = entries
-        penalised = [(at, row) for at, row in enumerate(rows) if _is_penalised(row.sequence.params)]
+        penalised = [(at, row) for at, row in enumerate(rows) if is_penalised(row.sequence.params)]
         for at, place in self._counts.places(penalised):
             places[at] = place
         counts = np.array([len(bias.get(at, ())) for at in range(bucket)])
@@ -155,10 +155,8 @@ class DeviceSampler:
     def _bias(self, row: Row) -> dict[int, float]:
         """What is added to single logits: the request's bias, and bans of stop ids that would come too early."""
         params = row.sequence.params
-        entries = dict(params.logit_bias or {})
-        if _index(row) < params.min_tokens:
-            entries |= {token: -np.inf for token in params.stop_token_ids if token < self._vocab_size}
-        return entries
+        banned = banned_ids(params, _index(row), self._vocab_size)
+        return dict(params.logit_bias or {}) | dict.fromkeys(banned, -np.inf)
 
 
 class TokenCounts:
@@ -232,7 +230,3 @@ class TokenCounts:
 def _index(row: Row) -> int:
     """The output index of the token that the row chooses; the sequence may not have the one before it yet."""
     return row.start + row.count - row.sequence.prompt_len
-
-
-def _is_penalised(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)

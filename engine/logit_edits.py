@@ -17,12 +17,20 @@ from fleet.types import SamplingParams
 def needs_edits(params: SamplingParams, num_output_tokens: int) -> bool:
     """Whether `edit_row` would change anything."""
     return bool(
-        params.logit_bias
-        or params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
-        or (params.stop_token_ids and num_output_tokens < params.min_tokens)
+        params.logit_bias or is_penalised(params) or (params.stop_token_ids and num_output_tokens < params.min_tokens)
     )
+
+
+def is_penalised(params: SamplingParams) -> bool:
+    """Whether what a sequence holds already changes its scores."""
+    return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
+
+
+def banned_ids(params: SamplingParams, num_output_tokens: int, vocab_size: int) -> list[int]:
+    """Stop ids that may not be chosen yet; those outside the vocabulary cannot be anyway."""
+    if num_output_tokens >= params.min_tokens:
+        return []
+    return [token for token in params.stop_token_ids if token < vocab_size]
 
 
 def edit_row(logits: torch.Tensor, params: SamplingParams, token_ids: Many[int], prompt_len: int) -> None:
@@ -46,8 +54,7 @@ def edit_row(logits: torch.Tensor, params: SamplingParams, token_ids: Many[int],
         if not 0 <= worst < vocab_size:
             raise ValueError(f"logit_bias names token id {worst}, outside the vocabulary of {vocab_size}")
         logits[_ids(params.logit_bias, logits)] += _values(params.logit_bias.values(), logits)
-    if len(token_ids) - prompt_len < params.min_tokens:
-        banned = [token for token in params.stop_token_ids if token < vocab_size]
+    if banned := banned_ids(params, len(token_ids) - prompt_len, vocab_size):
         logits[_ids(banned, logits)] = -torch.inf
     if params.repetition_penalty != 1.0:
         seen = _ids(set(token_ids), logits)

@@ -7,6 +7,8 @@ as it is: there oneDNN sums in another order, and exactness is what float32 is f
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from engine.backend import Linear, TorchBackend
@@ -14,6 +16,8 @@ from engine.backend import Linear, TorchBackend
 
 class PackedBackend(TorchBackend):
     """`TorchBackend` with bfloat16 matrices in oneDNN's own layout."""
+
+    packs: ClassVar[bool] = True
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """Pack a bfloat16 matrix; others are taken over unpacked. A packed tied embedding is a second copy of it."""

@@ -93,6 +93,7 @@ class ModelRunner:
         self._input_shape = input_shape(model, page_size)
         self.last_timing: StepTiming | None = None
         self.num_steps: Counter[str] = Counter()
+        self._judged: tuple[StepPlan, str | None] | None = None
 
     def feeds_next(self, plan: StepPlan) -> bool:
         """See `engine.plan.Runner`."""
@@ -107,10 +108,12 @@ class ModelRunner:
         return self.run(plan) if reason is not None else self._decode.launch(plan.rows)
 
     def _why_host(self, decode: DecodeForward, plan: StepPlan) -> str | None:
-        for row in plan.rows:
-            if row.follows is None and self._row_error(row, self._tables.of(row.sequence)) is not None:
-                return "bad_row"
-        return decode.why_host(plan.rows)
+        """Looked into once for a plan, which is asked about before its launch, by it, and for the step after it."""
+        if self._judged is None or self._judged[0] is not plan:
+            tables = ((row, self._tables.of(row.sequence)) for row in plan.rows if row.follows is None)
+            bad = any(self._row_error(row, table) is not None for row, table in tables)
+            self._judged = plan, "bad_row" if bad else decode.why_host(plan.rows)
+        return self._judged[1]
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Run one step; blocking. A bad row yields `Failed` for itself and leaves the others as they would be."""

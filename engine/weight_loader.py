@@ -8,7 +8,6 @@ from engine.backend import Backend, Linear
 from engine.fp8 import quantise_channels
 from engine.fp8_checkpoint import Part, is_fp8, page_scales, read_fp8
 from engine.model_config import ModelConfig
-from engine.packed_backend import PackedBackend
 from engine.rope import Rotary
 from engine.transformer import Layer, Transformer
 from engine.weights import Checkpoint
@@ -59,7 +58,7 @@ class WeightLoader:
     def transformer(self) -> Transformer:
         """The whole model."""
         config = self._config
-        if config.tie_word_embeddings and not isinstance(self._backend, PackedBackend):
+        if config.tie_word_embeddings and not self._backend.packs:
             embedding = self._stack(_EMBEDDING)
             head = self._backend.linear(embedding, None)
         else:

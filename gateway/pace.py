@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import NamedTuple
 
 MEMORY = 32
@@ -105,18 +105,23 @@ class Arrivals:
     def __init__(self, foresight_s: float) -> None:
         self._window_s = max(MIN_OVERTAKERS_S, foresight_s)
         self._came: deque[tuple[float, int]] = deque()
+        self._num_came: Counter[int] = Counter()  # of those, by priority
 
     def came(self, priority: int) -> None:
         """A request was let in."""
         self._came.append((time.monotonic(), priority))
+        self._num_came[priority] += 1
         self._forget()
 
     def more_urgent_per_s(self, priority: int) -> float:
-        """Arrivals per second of what would be served before this priority. O(arrivals remembered)."""
+        """Arrivals per second of what would be served before this priority."""
         self._forget()
-        return sum(other < priority for _, other in self._came) / self._window_s
+        return sum(number for other, number in self._num_came.items() if other < priority) / self._window_s
 
     def _forget(self) -> None:
         oldest_s = time.monotonic() - self._window_s
         while self._came and self._came[0][0] < oldest_s:
-            self._came.popleft()
+            _, priority = self._came.popleft()
+            self._num_came[priority] -= 1
+            if not self._num_came[priority]:
+                del self._num_came[priority]

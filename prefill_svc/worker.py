@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -70,7 +69,6 @@ class PrefillWorker:
         self._metrics = metrics
         self._num_arrived = 0
         self._requests: dict[tuple[str, int], PrefillRequest] = {}
-        self._num_of_gateway: Counter[PeerRef] = Counter()
         self._started: set[tuple[str, int]] = set()
         self._vectors = Vectors()
         self._draining = False
@@ -134,13 +132,13 @@ class PrefillWorker:
             self._finish(sequence, FinishReason.ERROR, str(error))
         else:
             self._requests[key] = request
-            self._num_of_gateway[passport.gateway] += 1
             self._engine.grammars.prepare(passport.params.grammar)
             _log.debug("prompt taken", request_id=key[0], epoch=key[1], num_tokens=len(passport.token_ids))
             self.wake()
 
     def _has_its_share(self, gateway: PeerRef) -> bool:
-        return 0 < self._record.max_requests_per_gateway <= self._num_of_gateway[gateway]
+        bound = self._record.max_requests_per_gateway
+        return 0 < bound <= sum(request.passport.gateway == gateway for request in self._requests.values())
 
     def _forget(self, request_id: str, epoch: int) -> None:
         for sequence in self._scheduler.abort(request_id, epoch):
@@ -150,11 +148,7 @@ class PrefillWorker:
 
     def _drop(self, sequence: Sequence) -> None:
         key = (sequence.request_id, sequence.epoch)
-        if self._requests.pop(key, None) is not None:
-            gateway = sequence.passport.gateway
-            self._num_of_gateway[gateway] -= 1
-            if not self._num_of_gateway[gateway]:
-                del self._num_of_gateway[gateway]
+        self._requests.pop(key, None)
         self._started.discard(key)
         self._vectors.drop(sequence)
         if not self._requests:

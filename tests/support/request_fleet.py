@@ -18,6 +18,7 @@ from gateway.requests import RequestTable
 from gateway.router import Router
 from gateway.waiting_room import WaitingRoom
 from support.fake_bus import FakeBus
+from support.records import make_record
 
 GATEWAY = PeerRef("g", 1, "tcp://g")
 
@@ -32,19 +33,12 @@ def record(
     seats: int = 64,
     max_per_gateway: int = 0,
 ) -> WorkerRecord:
-    return WorkerRecord(
-        peer=PeerRef(name, incarnation, f"tcp://{name}.{incarnation}"),
-        role=role,
+    return make_record(
+        PeerRef(name, incarnation, f"tcp://{name}.{incarnation}"),
+        role,
         model=model,
         fingerprint=Fingerprint("f", "float32", layers, 1, 8, 16, "page-major-1", 1),
-        model_files="d",
-        max_model_len=100,
         max_num_seqs=seats,
-        page_size=16,
-        num_pages=30,
-        host="h",
-        pid=1,
-        transports=("tcp",),
         max_requests_per_gateway=max_per_gateway,
     )
 

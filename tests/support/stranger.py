@@ -13,9 +13,9 @@ import zmq
 
 from fleet.curve import CurveKeys
 from fleet.messages import DrainRequest, GatewayHello, Heartbeat, Message
-from fleet.types import PeerRef, Role, WorkerRecord
+from fleet.types import PeerRef
 from fleet.wire import encode
-from support.passports import make_fingerprint
+from support.records import make_record
 
 OTHER_SECRET = "battery horse correct"
 FOR_S = 1.0
@@ -23,20 +23,7 @@ FOR_S = 1.0
 
 def messages(me: PeerRef) -> list[Message]:
     """What would do harm if it were believed."""
-    worker = WorkerRecord(
-        peer=me,
-        role=Role.DECODE,
-        model="demo",
-        fingerprint=make_fingerprint(),
-        model_files="d",
-        max_model_len=100,
-        max_num_seqs=4,
-        page_size=16,
-        num_pages=30,
-        host="h",
-        pid=1,
-        transports=("tcp",),
-    )
+    worker = make_record(me, model="demo")
     drain = DrainRequest(reason="stranger", within_s=0)
     return [GatewayHello(gateway=me), Heartbeat(record=worker, requests=[], metrics=[]), drain]
 

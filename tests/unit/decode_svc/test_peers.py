@@ -6,12 +6,13 @@ import asyncio
 from pathlib import Path
 
 import msgspec
+from support.records import make_record
 from support.redis_server import RedisServer
 
 from decode_svc.peers import Peers
 from fleet.redis_client import connect
 from fleet.registry import Registry
-from fleet.types import Fingerprint, PeerRef, Role, WorkerLoad, WorkerRecord
+from fleet.types import PeerRef, Role, WorkerLoad, WorkerRecord
 
 LEASE_S = 2.0
 
@@ -19,21 +20,8 @@ LEASE_S = 2.0
 def record(
     name: str, *, running: int = 0, role: Role = Role.DECODE, model: str = "m", **changes: object
 ) -> WorkerRecord:
-    made = WorkerRecord(
-        peer=PeerRef(name, 1, f"tcp://{name}"),
-        role=role,
-        model=model,
-        fingerprint=Fingerprint("f", "float32", 1, 1, 8, 16, "page-major-1", 1),
-        model_files="d",
-        max_model_len=100,
-        max_num_seqs=10,
-        page_size=16,
-        num_pages=30,
-        host="h",
-        pid=1,
-        transports=("tcp",),
-        load=WorkerLoad(num_running=running),
-    )
+    load = WorkerLoad(num_running=running)
+    made = make_record(PeerRef(name, 1, f"tcp://{name}"), role, model=model, max_num_seqs=10, load=load)
     return msgspec.structs.replace(made, **changes)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from litestar.testing import TestClient
+from support.records import make_record
 
 from fleet import reclaim
 from fleet.admin import admin_token, build_app, serve_admin
@@ -21,23 +22,10 @@ from fleet.errors import SettingsError
 from fleet.messages import MoveReason
 from fleet.reclaim import AwsSource, AzureSource, FileSource, GcpSource, Notice, UrlSource, parse_time
 from fleet.service_settings import DecodeSettings
-from fleet.types import Fingerprint, PeerRef, Role, WorkerRecord
+from fleet.types import PeerRef
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
-RECORD = WorkerRecord(
-    peer=PeerRef("d", 1, "tcp://d"),
-    role=Role.DECODE,
-    model="m",
-    fingerprint=Fingerprint("f", "float32", 1, 1, 8, 16, "page-major-1", 1),
-    model_files="d",
-    max_model_len=100,
-    max_num_seqs=4,
-    page_size=16,
-    num_pages=30,
-    host="h",
-    pid=1,
-    transports=("tcp",),
-)
+RECORD = make_record(PeerRef("d", 1, "tcp://d"))
 
 
 def http(answer: Callable[[httpx.Request], httpx.Response]) -> httpx.AsyncClient:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support.records import make_record
 
 from fleet import model_files
 from fleet.errors import NameTaken
@@ -15,24 +16,11 @@ from fleet.model_files import ModelFiles
 from fleet.redis_client import Redis
 from fleet.registry import Registry
 from fleet.request_state import RequestStateWriter, Transition
-from fleet.types import Fingerprint, PeerRef, RequestState, Role, WorkerRecord
+from fleet.types import PeerRef, RequestState, Role, WorkerRecord
 
 
 def record(name: str, incarnation: int = 1) -> WorkerRecord:
-    return WorkerRecord(
-        peer=PeerRef(name, incarnation, "tcp://127.0.0.1:1"),
-        role=Role.PREFILL,
-        model="m",
-        fingerprint=Fingerprint("f", "float32", 1, 1, 8, 16, "page-major-1", 1),
-        model_files="d",
-        max_model_len=10,
-        max_num_seqs=2,
-        page_size=16,
-        num_pages=3,
-        host="h",
-        pid=1,
-        transports=("tcp",),
-    )
+    return make_record(PeerRef(name, incarnation, "tcp://127.0.0.1:1"), Role.PREFILL)
 
 
 async def test_a_lease_runs_out_when_it_is_not_renewed(redis: Redis) -> None:

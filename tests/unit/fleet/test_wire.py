@@ -6,38 +6,22 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.records import make_record
 
 from fleet.errors import Malformed, WireError, WrongVersion
 from fleet.hand_off_messages import Pages
 from fleet.messages import Cancel, Heartbeat, Publication, RequestFinished, TokenChunk
 from fleet.types import (
-    Fingerprint,
     FinishReason,
     PeerRef,
-    Role,
     TokenLogprob,
     TopLogprob,
     WorkerLoad,
-    WorkerRecord,
 )
 from fleet.wire import PROTOCOL_VERSION, decode, encode
 
 PEER = PeerRef("w", 2**62, "tcp://127.0.0.1:1")
-RECORD = WorkerRecord(
-    peer=PEER,
-    role=Role.DECODE,
-    model="m",
-    fingerprint=Fingerprint("f", "float32", 1, 1, 8, 16, "page-major-1", 1),
-    model_files="d",
-    max_model_len=10,
-    max_num_seqs=2,
-    page_size=16,
-    num_pages=3,
-    host="h",
-    pid=1,
-    transports=("tcp",),
-    load=WorkerLoad(num_running=1, free_pages=2),
-)
+RECORD = make_record(PEER, load=WorkerLoad(num_running=1, free_pages=2))
 CHUNK = TokenChunk(
     request_id="r", epoch=1, index=3, token_ids=[5], logprobs=[TokenLogprob(-0.5, [TopLogprob(5, -0.5)])]
 )

@@ -160,12 +160,18 @@ def test_what_a_woken_peer_still_has_to_say_is_counted() -> None:
     assert taker.desk.stale == {}
 
 
-def test_a_commit_follows_its_last_pages_without_waiting_and_is_adopted_once_they_are_stored() -> None:
+def committed_hand_off() -> World:
+    """Two pages have gone over tcp; the last ones and the Commit are on their way."""
     world = open_hand_off("tcp")
     world.run()
     world.ready("r", 0, 2)
     world.run()
     world.commit("r", 0, NUM_TOKENS)
+    return world
+
+
+def test_a_commit_follows_its_last_pages_without_waiting_and_is_adopted_once_they_are_stored() -> None:
+    world = committed_hand_off()
     assert [type(flight.message) for flight in world.network] == [Pages, Commit]
     world.deliver()
     world.deliver()
@@ -179,11 +185,7 @@ def test_a_commit_follows_its_last_pages_without_waiting_and_is_adopted_once_the
 
 
 def test_last_pages_lost_before_their_commit_are_sent_again_with_it() -> None:
-    world = open_hand_off("tcp")
-    world.run()
-    world.ready("r", 0, 2)
-    world.run()
-    world.commit("r", 0, NUM_TOKENS)
+    world = committed_hand_off()
     del world.network[sole_message(world, Pages)]
     world.run()
     assert world.adoptions(("r", 0)) == 0
@@ -195,11 +197,7 @@ def test_last_pages_lost_before_their_commit_are_sent_again_with_it() -> None:
 
 
 def test_a_cancel_while_a_commit_waits_for_its_pages_frees_them() -> None:
-    world = open_hand_off("tcp")
-    world.run()
-    world.ready("r", 0, 2)
-    world.run()
-    world.commit("r", 0, NUM_TOKENS)
+    world = committed_hand_off()
     world.deliver()
     world.deliver()
     taker = world.processes["taker-0"]
