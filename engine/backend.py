@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch.nn import functional
@@ -24,6 +24,14 @@ from engine.model_config import ModelConfig
 from engine.rope import rotate
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
+
+
+class HeadNorms(NamedTuple):
+    """Norms of single heads before they are rotated: their weights, `[D]` each."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    eps: float
 
 
 class Backend(Protocol):
@@ -63,20 +71,13 @@ class Backend(Protocol):
         """Turn a step's cosines and sines, each `[T, 1, D / 2]`, into what `rotate_and_write` reads, once per step."""
 
     def rotate_and_write(
-        self,
-        qkv: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-        eps: float,
-        rotation: object,
-        layer: torch.Tensor,
-        inputs: StepInputs,
+        self, qkv: torch.Tensor, norms: HeadNorms | None, rotation: object, layer: torch.Tensor, inputs: StepInputs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Norm (where weights are given) and rotate queries and keys; store keys and values in their slots.
 
         Args:
             qkv: [T, (Hq + 2 * Hkv) * D], queries first, then keys, then values; may be overwritten.
-            norms: of queries and keys, [D] each.
-            eps: of the norms.
+            norms: of queries and keys.
             rotation: what `plan_rotation` made.
             layer: [N, 2, Hkv, P, D], one layer's share of the pool, pages strided; mutated. Of the model's dtype, or
                 e4m3: then keys and values saturate and are rounded to it.
@@ -161,13 +162,7 @@ class TorchBackend:
         return angles
 
     def rotate_and_write(
-        self,
-        qkv: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-        eps: float,
-        rotation: object,
-        layer: torch.Tensor,
-        inputs: StepInputs,
+        self, qkv: torch.Tensor, norms: HeadNorms | None, rotation: object, layer: torch.Tensor, inputs: StepInputs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Operation by operation, then one scatter of keys and values together."""
         num_kv_heads, head_dim = layer.shape[2], layer.shape[4]
@@ -176,7 +171,7 @@ class TorchBackend:
         keys_values = qkv[:, -kv_size:].view(num_tokens, 2, num_kv_heads, head_dim)
         keys = keys_values[:, 0]
         if norms is not None:
-            queries, keys = self.rms_norm(queries, norms[0], eps), self.rms_norm(keys, norms[1], eps)
+            queries, keys = self.rms_norm(queries, norms.queries, norms.eps), self.rms_norm(keys, norms.keys, norms.eps)
         cos, sin = cast("tuple[torch.Tensor, torch.Tensor]", rotation)
         keys_values[:, 0] = rotate(keys, cos, sin)
         if layer.dtype is E4M3:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.attention_inputs import InputShape, TableRow
-from engine.backend import Linear, TorchBackend
+from engine.backend import HeadNorms, Linear, TorchBackend
 from engine.fp8 import Fp8Matrix
 from engine.inputs import StepInputs
 from engine.kernels.decode_plan import DecodePlan, plan_decode
@@ -131,13 +131,7 @@ class KernelBackend(TorchBackend):
         return Rotation(table, rows, inputs.slots)
 
     def rotate_and_write(
-        self,
-        qkv: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-        eps: float,
-        rotation: object,
-        layer: torch.Tensor,
-        inputs: StepInputs,
+        self, qkv: torch.Tensor, norms: HeadNorms | None, rotation: object, layer: torch.Tensor, inputs: StepInputs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """In one launch; attention reads pages alone."""
         del inputs
@@ -150,9 +144,9 @@ class KernelBackend(TorchBackend):
             rotation.slots,
             layer,
             num_heads=qkv.shape[1] // head_dim - 2 * num_kv_heads,
-            query_norm=None if norms is None else norms[0],
-            key_norm=None if norms is None else norms[1],
-            eps=eps,
+            query_norm=None if norms is None else norms.queries,
+            key_norm=None if norms is None else norms.keys,
+            eps=0.0 if norms is None else norms.eps,
         )
         return queries, None
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from engine.backend import Backend, Linear
+from engine.backend import Backend, HeadNorms, Linear
 from engine.inputs import StepInputs
 from engine.model_config import ModelConfig
 from engine.rope import Rotary
@@ -27,7 +27,7 @@ class Layer:
         gate_up: [T, E] -> [T, 2 * I], gates first.
         down: [T, I] -> [T, E].
         attention_norm, mlp_norm: [E].
-        query_norm, key_norm: [D], or None.
+        head_norms: of queries and keys, or None.
         window: how many latest tokens a query sees, None for all.
     """
 
@@ -37,8 +37,7 @@ class Layer:
     down: Linear
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
-    query_norm: torch.Tensor | None
-    key_norm: torch.Tensor | None
+    head_norms: HeadNorms | None
     window: int | None
 
 
@@ -101,9 +100,6 @@ class Transformer:
         config, backend = self.config, self.backend
         normed = backend.rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
         qkv = layer.qkv(normed)
-        norms = None
-        if layer.query_norm is not None and layer.key_norm is not None:
-            norms = layer.query_norm, layer.key_norm
-        queries, keys_values = backend.rotate_and_write(qkv, norms, config.rms_norm_eps, rotation, layer_pool, inputs)
+        queries, keys_values = backend.rotate_and_write(qkv, layer.head_norms, rotation, layer_pool, inputs)
         attended = backend.attention(queries, keys_values, layer_pool, inputs.attention[layer.window])
         return layer.output(attended)

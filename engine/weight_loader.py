@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.backend import Backend, Linear
+from engine.backend import Backend, HeadNorms, Linear
 from engine.fp8 import quantise_channels
 from engine.fp8_checkpoint import Part, is_fp8, page_scales, read_fp8
 from engine.model_config import ModelConfig
@@ -92,8 +92,13 @@ class WeightLoader:
             down=self._linear(config.mlp_bias, Part(f"{mlp}.down_proj")),
             attention_norm=self._stack(Part(f"{prefix}.input_layernorm")),
             mlp_norm=self._stack(Part(f"{prefix}.post_attention_layernorm")),
-            query_norm=self._stack(Part(f"{attention}.q_norm", in_norm)) if config.qk_norm else None,
-            key_norm=self._stack(Part(f"{attention}.k_norm", 1 / in_norm)) if config.qk_norm else None,
+            head_norms=HeadNorms(
+                self._stack(Part(f"{attention}.q_norm", in_norm)),
+                self._stack(Part(f"{attention}.k_norm", 1 / in_norm)),
+                config.rms_norm_eps,
+            )
+            if config.qk_norm
+            else None,
             window=config.layer_windows[index],
         )
 

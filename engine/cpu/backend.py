@@ -13,6 +13,7 @@ import torch
 
 from engine.attention import attend
 from engine.attention_inputs import AttentionInputs, DecodeRows
+from engine.backend import HeadNorms
 from engine.cpu.prefill_attention import ChunkAttention
 from engine.cpu.shared_cores import SharedCores
 from engine.errors import NoKernels
@@ -61,20 +62,14 @@ class CpuBackend(PackedBackend):
         return (cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()), angles
 
     def rotate_and_write(
-        self,
-        qkv: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-        eps: float,
-        rotation: object,
-        layer: torch.Tensor,
-        inputs: StepInputs,
+        self, qkv: torch.Tensor, norms: HeadNorms | None, rotation: object, layer: torch.Tensor, inputs: StepInputs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """In one pass, in place."""
         wide, angles = cast("tuple[tuple[torch.Tensor, torch.Tensor], ...]", rotation)
         if self._rows is None or layer.dtype is not torch.bfloat16:
-            return super().rotate_and_write(qkv, norms, eps, angles, layer, inputs)
+            return super().rotate_and_write(qkv, norms, angles, layer, inputs)
         num_tokens, num_kv_heads, head_dim = qkv.shape[0], layer.shape[2], layer.shape[4]
-        self._rows.rotate_and_write(qkv, norms, eps, wide, layer, inputs)
+        self._rows.rotate_and_write(qkv, norms, wide, layer, inputs)
         kv_size = 2 * num_kv_heads * head_dim
         queries = qkv[:, :-kv_size].view(num_tokens, -1, head_dim)
         return queries, qkv[:, -kv_size:].view(num_tokens, 2, num_kv_heads, head_dim)
@@ -117,7 +112,7 @@ class RowKernels:
         """Have the kernels for this model ready."""
         self._attention(config.num_heads // config.num_kv_heads, config.head_dim, page_size)
         self._rms_norm(config.hidden_size, config.rms_norm_eps)
-        self._rotate(config.head_dim, page_size, config.rms_norm_eps, config.qk_norm)
+        self._rotate(config.head_dim, page_size, config.rms_norm_eps if config.qk_norm else None)
         self._gated_silu(config.intermediate_size)
         self._softmax()
 
@@ -140,8 +135,7 @@ class RowKernels:
     def rotate_and_write(
         self,
         qkv: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-        eps: float,
+        norms: HeadNorms | None,
         rotation: tuple[torch.Tensor, torch.Tensor],
         layer: torch.Tensor,
         inputs: StepInputs,
@@ -149,7 +143,7 @@ class RowKernels:
         """See `Backend.rotate_and_write`. Mutates: `qkv`, whose numbers of a token are adjacent, and `layer`."""
         num_tokens, width = qkv.shape
         num_kv_heads, page_size, head_dim = layer.shape[2:]
-        norm_addresses = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+        norm_addresses = (0, 0) if norms is None else (norms.queries.data_ptr(), norms.keys.data_ptr())
         words = (
             qkv.data_ptr(),
             rotation[0].data_ptr(),
@@ -164,7 +158,7 @@ class RowKernels:
             qkv.stride(0),
             layer.stride(0),
         )
-        kernel = self._rotate(head_dim, page_size, eps, norms is not None)
+        kernel = self._rotate(head_dim, page_size, None if norms is None else norms.eps)
         self._team.run(kernel.address, np.array(words, dtype=np.int64), qkv.numel())
 
     def softmax(self, scores: torch.Tensor, factors: torch.Tensor, first_slot: int, window: int) -> None:

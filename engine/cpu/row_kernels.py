@@ -48,8 +48,8 @@ def rms_norm_rows(size: int, eps: float) -> Any:
 
 
 @functools.cache
-def rotate_rows(head_dim: int, page_size: int, eps: float, normed: bool) -> Any:
-    """The kernel for one shape; with `normed` heads are normed before they turn.
+def rotate_rows(head_dim: int, page_size: int, eps: float | None) -> Any:
+    """The kernel for one shape; heads are normed before they turn, unless `eps` is None.
 
     Words: addresses of qkv `[T, (Hq + 2 * Hkv) * D]` bf16, of cosines and sines `[T, R]` float32, of the norms' weights
     `[D]` bf16 (queries', then keys'), of page ids and offsets `[T]` int64 and of the layer's first page; T; Hq; Hkv;
@@ -57,7 +57,7 @@ def rotate_rows(head_dim: int, page_size: int, eps: float, normed: bool) -> Any:
     also written to their slots.
     """
     half = head_dim // 2
-    epsilon = np.float32(eps)
+    normed, epsilon = eps is not None, np.float32(eps or 0.0)
 
     def run(words: Any) -> None:
         num_tokens, num_heads, num_kv_heads, stride, page_stride = words[8], words[9], words[10], words[11], words[12]

@@ -12,7 +12,7 @@ from support.engine_driver import GREEDY, Driver, make_sequence
 
 from engine.attention import attend
 from engine.attention_inputs import AttentionInputs, InputShape, gather_plan
-from engine.backend import TorchBackend
+from engine.backend import HeadNorms, TorchBackend
 from engine.cpu.backend import CpuBackend
 from engine.inputs import StepInputs, build_inputs
 from engine.plan import Row
@@ -77,17 +77,17 @@ def test_norm_rotation_and_page_write_match_their_twins(group: int, head_dim: in
     inputs, _, _, layer = step([(37, 1), (0, 21), (9, 4)], group=group, head_dim=head_dim, window=None)
     num_tokens, num_heads = inputs.token_ids.shape[0], (group + 2) * HKV
     qkv = torch.randn(num_tokens, num_heads * head_dim).bfloat16()
-    norms = (torch.rand(head_dim).bfloat16(), torch.rand(head_dim).bfloat16()) if normed else None
+    norms = HeadNorms(torch.rand(head_dim).bfloat16(), torch.rand(head_dim).bfloat16(), 1e-6) if normed else None
     angles = torch.rand(num_tokens, 1, head_dim // 2) * 6
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     fast, twin = CpuBackend(), TorchBackend()
-    wide = (norms[0].float(), norms[1].float()) if norms is not None else None
+    wide = HeadNorms(norms.queries.float(), norms.keys.float(), norms.eps) if norms is not None else None
     exact_layer, exact_qkv = layer.float(), qkv.float()
     expected, kept = twin.rotate_and_write(
-        exact_qkv, wide, 1e-6, (cos.float(), sin.float()), exact_layer, inputs
+        exact_qkv, wide, (cos.float(), sin.float()), exact_layer, inputs
     )  # fmt: skip
     rotation = fast.plan_rotation((cos, sin), inputs)
-    queries, keys_values = fast.rotate_and_write(qkv, norms, 1e-6, rotation, layer, inputs)
+    queries, keys_values = fast.rotate_and_write(qkv, norms, rotation, layer, inputs)
     assert kept is not None
     assert keys_values is not None
     for result, wanted in ((queries, expected), (keys_values, kept), (layer, exact_layer)):
