@@ -27,16 +27,17 @@ SIGNATURE = types.void(types.CPointer(types.int64))
 _FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}  # not nnan, ninf: scores may be infinite
 
 
-def kernel(function: Callable[[Any], None], *, exact: bool = False) -> Any:
+def kernel(function: Callable[[Any], None], *, exact: bool = False, cached: bool = True) -> Any:
     """Compile a kernel; numba keeps the result on disk beside the source, or in the user's cache (NUMBA_CACHE_DIR).
 
     Args:
         function: in the part of Python that numba knows.
         exact: every product and sum is rounded as written, on every processor; else they may be fused and reordered.
+        cached: False where what the function closes over cannot be told from its source and plain values.
     """
     options = {"fastmath": False if exact else _FAST_MATH, "error_model": "numpy"}
     try:
-        return cfunc(SIGNATURE, cache=True, **options)(function)
+        return cfunc(SIGNATURE, cache=cached, **options)(function)
     except RuntimeError:  # neither place can be written: compiled anew at every start
         return cfunc(SIGNATURE, **options)(function)
 
