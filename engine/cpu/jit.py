@@ -10,7 +10,10 @@ A kernel takes one array of 64-bit words: addresses of tensors, sizes, and the l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from engine.errors import NoKernels
@@ -36,10 +41,30 @@ def kernel(function: Callable[[Any], None], *, exact: bool = False, cached: bool
         cached: False where what the function closes over cannot be told from its source and plain values.
     """
     options = {"fastmath": False if exact else _FAST_MATH, "error_model": "numpy"}
-    try:
-        return cfunc(SIGNATURE, cache=cached, **options)(function)
-    except RuntimeError:  # neither place can be written: compiled anew at every start
-        return cfunc(SIGNATURE, **options)(function)
+    compiled: Any = CFunc(function, (SIGNATURE.args, SIGNATURE.return_type), locals={}, options=options)
+    if cached:
+        with contextlib.suppress(RuntimeError):  # neither place can be written: compiled anew at every start
+            compiled._cache = _Cache(function)  # noqa: SLF001 - as `CFunc.enable_caching` does with numba's own
+    compiled.compile()
+    return compiled
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """numba's own asks whether a function's file has changed; a kernel is made of other files' code too."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        super().__init__(function)
+        stamp = (self._impl.locator.get_source_stamp(), source_digest())
+        self._cache_file = IndexDataCacheFile(self._cache_path, self._impl.filename_base, stamp)
+
+
+@functools.cache
+def source_digest(package: Path = Path(__file__).parent) -> str:
+    """Of the kernels' sources, and of the modules beside the package whose constants they take."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in (*sorted(package.glob("*.py")), package.parent / "candidates.py", package.parent / "choice.py"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 _GRAIN = 2**15
