@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,6 @@ ADAPTERS = ROOT / "bench" / "adapters"
 MODEL = "bench"
 READY_S = 400.0
 STOP_S = 40.0
-_SAMPLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,32 +98,36 @@ def adapted(name: str, means: Means, python: str, packages: tuple[str, ...]) -> 
     return ServerSpec(name, python, packages, (python, str(script), *words), "/v1/models", {"HF_HUB_OFFLINE": "1"})
 
 
-class MemoryWatch(threading.Thread):
-    """Samples what a process and its descendants hold in memory, shared pages counted once (PSS)."""
+class Memory:
+    """What a process and its descendants held in memory at most when looked at, shared pages counted once (PSS).
+
+    Looking takes tenths of a second of a core, since the kernel walks all page tables: never while something is timed.
+    """
 
     def __init__(self, root: psutil.Process) -> None:
-        super().__init__(daemon=True)
         self._root = root
-        self._over = threading.Event()
         self.peak_bytes = 0
         self.peak_by_process: dict[str, int] = {}
 
-    def run(self) -> None:
-        """Sample until stopped."""
-        while not self._over.wait(_SAMPLE_S):
-            found: dict[str, int] = {}
-            with contextlib.suppress(psutil.Error):
-                for process in (self._root, *self._root.children(recursive=True)):
-                    with contextlib.suppress(psutil.Error):
-                        name = f"{' '.join(process.cmdline()[:3])[-40:]} ({process.pid})"
-                        found[name] = process.memory_full_info().pss
-            if sum(found.values()) > self.peak_bytes:
-                self.peak_bytes, self.peak_by_process = sum(found.values()), found
+    def look(self) -> None:
+        """Now."""
+        found: dict[str, int] = {}
+        with contextlib.suppress(psutil.Error):
+            for process in (self._root, *self._root.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    name = _name_of(process.cmdline())
+                    found[name] = found.get(name, 0) + process.memory_full_info().pss
+        if sum(found.values()) > self.peak_bytes:
+            self.peak_bytes, self.peak_by_process = sum(found.values()), found
 
-    def stop(self) -> None:
-        """End."""
-        self._over.set()
-        self.join()
+
+def _name_of(command: list[str]) -> str:
+    """The module that Python runs, or the program."""
+    if "-m" in command[:-1]:
+        return command[command.index("-m") + 1].rpartition(".")[2]
+    if "-c" in command:
+        return "helper"
+    return Path(command[0].split()[0]).name.partition(":/")[0] if command else "?"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Running:
     spec: ServerSpec
     url: str
     ready_s: float
-    memory: MemoryWatch
+    memory: Memory
 
 
 @contextlib.contextmanager
@@ -159,17 +161,14 @@ def running(spec: ServerSpec) -> Iterator[Running]:
             start_new_session=True,
         )
     root = psutil.Process(process.pid)
-    watch = MemoryWatch(root)
-    watch.start()
     try:
         url = f"http://127.0.0.1:{port}"
         while not (_answers(f"{url}{spec.ready_path}") and _completes(url)):
             if process.poll() is not None or time.monotonic() - began_s > READY_S:
                 raise SystemExit(f"{spec.name} did not come up; the end of {log}:\n{log.read_text()[-3000:]}")
             time.sleep(0.1)
-        yield Running(spec, url, time.monotonic() - began_s, watch)
+        yield Running(spec, url, time.monotonic() - began_s, Memory(root))
     finally:
-        watch.stop()
         _end(process, root)
 
 

