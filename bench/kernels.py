@@ -228,10 +228,12 @@ def sampling(bench: Bench, shapes: Shapes) -> None:
     """Choices of every kind, against the CPU's own sampling code run on the device."""
     from engine.candidates import Cuts
     from engine.choice import choose_tokens as choose_tokens_twin
+    from engine.kernels.row_logits import RowLogits
     from engine.kernels.sampling import choose_tokens
 
     num_rows = 64
-    logits = torch.randn(num_rows, shapes.vocab, device="cuda") * 3
+    logits = (torch.randn(num_rows, shapes.vocab, device="cuda") * 3).to(DTYPE)
+    rows = RowLogits.plain(logits)
     ones, zeros = torch.ones(num_rows, device="cuda"), torch.zeros(num_rows, device="cuda")
     seeds = torch.arange(num_rows, device="cuda")
     for what, temperatures, top_k, top_p in (
@@ -241,12 +243,12 @@ def sampling(bench: Bench, shapes: Shapes) -> None:
         ("top-p 0.9", ones, 0, 0.9),
     ):
         cuts = Cuts(torch.full_like(seeds, top_k), ones * top_p, zeros)
-        chosen = choose_tokens(logits, temperatures, cuts, seeds, seeds)
-        expected = choose_tokens_twin(logits.clone(), temperatures, cuts, seeds, seeds)
+        choose = partial(choose_tokens, rows, temperatures, cuts, seeds, seeds, searches=top_k > 0 or top_p < 1)
+        chosen, expected = choose(), choose_tokens_twin(logits.float(), temperatures, cuts, seeds, seeds)
         bench.line(
             f"choose, {num_rows} x {shapes.vocab}, {what}",
             [((chosen != expected), torch.zeros_like(chosen))],
-            partial(choose_tokens, logits, temperatures, cuts, seeds, seeds),
+            choose,
             num_bytes=logits.nbytes,
             roundings=0,
         )

@@ -1,7 +1,8 @@
 """Which candidates stay under top-k, top-p and min-p, and drawing one of them: the specification, in plain torch.
 
-Scores are natural-log probabilities up to a constant per row, the best one 0. A cut is a limit: candidates that score
-at least as high stay, ties with the last one included, so which tokens stay never depends on the order of equal scores.
+Scores are natural-log probabilities up to a constant per row, the best one 0. A cut is a limit: candidates that reach
+it stay, ties with the last one included, so which tokens stay never depends on the order of equal scores. The limit of
+top-k and top-p is a score; that of min-p a weight, which needs no logarithm that every device takes its own way.
 A draw inverts the cumulative distribution in vocabulary order: unlike by rank, two scores that differ in the last bit
 between devices cannot trade places, and a draw moves only if it falls into the sliver by which a boundary moved.
 
@@ -62,7 +63,7 @@ def draw(scores: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor) -> torch.Tens
         [R] int64 token ids, of candidates with a weight above 0.
     """
     weights = whole_weights(scores)
-    weights.masked_fill_(scores < limits(scores, weights, cuts).unsqueeze(1), 0)
+    weights.masked_fill_(beyond(scores, weights, cuts), 0)
     ends = weights.cumsum(dim=-1)
     # The product stays below the sum: a uniform number is at least 2**-49 from 1, rounding moves less.
     target = (uniforms * ends[:, -1].to(torch.float64)).to(torch.int64)
@@ -85,16 +86,22 @@ def whole_weights(scores: torch.Tensor) -> torch.Tensor:
     return (series * power).to(torch.int64)
 
 
-def limits(scores: torch.Tensor, weights: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """The score from which candidates are kept, `[R]` float32.
+def beyond(scores: torch.Tensor, weights: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """Which candidates the cuts leave out, `[R, V]` bool.
 
     Args:
         scores: [R, V] float32, the best of each row 0.
         weights: of them.
         cuts: of the R rows.
     """
-    vocab_size = scores.shape[1]
-    limit = cuts.min_p.to(torch.float64).log().to(torch.float32)  # log(0) is minus infinity: off
+    least = (cuts.min_p.to(torch.float64) * 2.0**UNIT_BITS).ceil().to(torch.int64)  # the product is exact
+    return (scores < _limits(scores, weights, cuts).unsqueeze(1)) | (weights < least.unsqueeze(1))
+
+
+def _limits(scores: torch.Tensor, weights: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """The score from which top-k and top-p keep candidates, `[R]` float32."""
+    num_rows, vocab_size = scores.shape
+    limit = torch.full((num_rows,), -torch.inf, device=scores.device)
     index = torch.nonzero(((cuts.top_k > 0) & (cuts.top_k < vocab_size)) | (cuts.top_p < 1)).squeeze(1)
     if index.numel():
         top_k, top_p = cuts.top_k[index].unsqueeze(1), cuts.top_p[index].unsqueeze(1)
@@ -104,6 +111,5 @@ def limits(scores: torch.Tensor, weights: torch.Tensor, cuts: Cuts) -> torch.Ten
         # A candidate is in the nucleus if those before it have not reached the share; the first one always is.
         needed = (top_p.to(torch.float64) * ends[:, -1:].to(torch.float64)).ceil().to(torch.int64).clamp(min=1)
         by_mass = ordered.gather(1, torch.searchsorted(ends, needed).clamp(max=vocab_size - 1))
-        cut = torch.where(top_p < 1, torch.maximum(by_rank, by_mass), by_rank).squeeze(1)
-        limit[index] = torch.maximum(limit[index], cut)
+        limit[index] = torch.where(top_p < 1, torch.maximum(by_rank, by_mass), by_rank).squeeze(1)
     return limit

@@ -4,9 +4,10 @@ A graph replays the same kernels on the same memory, so everything that changes 
 are filled before each replay. Batches are padded to the next bucket: a padding row has context 0, is written to no
 slot, and its logits are dropped. All windows' work plans are padded to their largest number of parts.
 
-A bucket is two graphs, with room between them for log-probabilities of the model's own logits: the forward pass, and
-the choice of tokens. The chosen ids stay on the device, where the forward pass of the next step finds those that the
-host does not know yet.
+A bucket is two graphs: the forward pass, and the choice of tokens (one for each kind of choice). Between them masks of
+constrained rows come from the host, which makes them while the forward pass runs. The chosen ids stay on the device,
+where the forward pass of the next step finds those that the host does not know yet. Only one bucket runs at a time, so
+all share one buffer of logits, in the model's type: what chooses widens them as it reads.
 
 Letters: B rows of a bucket, R rows of a step, V vocab_size, n pages of the longest sequence.
 """
@@ -16,22 +17,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from engine.attention_inputs import InputShape
 from engine.device_copies import to_device
-from engine.device_sampler import ChoiceInputs, DeviceSampler
+from engine.device_sampler import ALL_KINDS, ChoiceInputs, ChoiceKind, DeviceSampler
 from engine.device_step import AskedLogprobs, DeviceStep
+from engine.grammar.desk import StepMasks
+from engine.grammar.matcher import MaskWords
 from engine.inputs import StepInputs
 from engine.kernel_backend import KernelBackend, PagedAttention
 from engine.kernels.decode_plan import DecodePlan
 from engine.plan import Row
+from engine.sequence import Sequence
 from engine.transformer import Transformer
 
-Capture = Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Callable[[], None]]]
-"""Records what a function launches; returns its result, and a function that launches all of it again in place."""
+Work = Callable[[], None]
+Capture = Callable[[Work], Work]
+"""Records what a function launches, into memory that is there already; returns what launches all of it again."""
+BeginMasks = Callable[[Many[Sequence]], StepMasks | None]
+"""Starts on the masks of a step that samples for these sequences; see `engine.grammar.desk.GrammarDesk.begin`."""
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _NO_SLOT = -1
@@ -49,7 +57,7 @@ def cuda_capture() -> Capture:
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def capture(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+    def capture(work: Work) -> Work:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels compile and cuBLAS takes its workspace before anything is recorded
@@ -57,30 +65,28 @@ def cuda_capture() -> Capture:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            result = work()
-        return result, graph.replay
+            work()
+        return graph.replay
 
     return capture
 
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """One captured size: its inputs, the logits it leaves behind, and how to run it.
+    """One captured size: its inputs, and how to run it.
 
     Attributes:
         integers: [5, B] int64: known token ids, the rows before that unknown ones follow (`_KNOWN` for none),
             positions, rope lengths, slots. The last three are what `inputs` shows.
         tables: [B, n] int32, shared by all windows.
-        logits: [B, V] float32.
     """
 
     integers: torch.Tensor
     tables: torch.Tensor
     inputs: StepInputs
     choice: ChoiceInputs
-    logits: torch.Tensor
-    replay_forward: Callable[[], None]
-    replay_choice: Callable[[], None]
+    replay_forward: Work
+    replay_choice: dict[ChoiceKind, Work]
 
 
 class DecodeGraphs:
@@ -115,6 +121,9 @@ class DecodeGraphs:
         sizes = buckets_up_to(max_rows)
         self._sampler = DeviceSampler(vocab_size=transformer.config.vocab_size, max_rows=sizes[-1], device=shape.device)
         self._chosen = torch.zeros(sizes[-1], dtype=torch.int64, device=shape.device)  # by the latest launch
+        vocab_size, dtype = transformer.config.vocab_size, transformer.embedding.dtype
+        self._logits = torch.zeros((sizes[-1], vocab_size), dtype=dtype, device=shape.device)
+        self._latest: DeviceStep | None = None
         with torch.inference_mode():
             # The largest first, so that the others fit its memory.
             captured = {bucket: self._record(bucket, capture) for bucket in reversed(sizes)}
@@ -128,7 +137,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def forward(self, rows: Many[Row]) -> torch.Tensor | None:
-        """Logits `[R, V]` float32 of a step, valid until the next one; None where no graph fits it.
+        """Logits `[R, V]` float32 of a step, new memory; None where no graph fits it.
 
         Requires: rows are sound (`engine.inputs.row_error`) and follow nothing.
         """
@@ -137,22 +146,39 @@ class DecodeGraphs:
             return None
         self._fill(bucket, rows)
         bucket.replay_forward()
-        return bucket.logits[: len(rows)]
+        return self._logits[: len(rows)].to(torch.float32, copy=True)
 
     @torch.inference_mode()
-    def launch(self, rows: Many[Row]) -> DeviceStep:
-        """Queue a step and the choice of its tokens; nothing is waited for.
+    def launch(self, rows: Many[Row], begin_masks: BeginMasks) -> DeviceStep:
+        """Queue a step, and the choice of its tokens unless rows are constrained: see `DeviceStep`.
+
+        Waits for the masks of the step before if its choice is still to be queued, for the device never.
 
         Requires: rows are sound, `why_host` has nothing against them, and those that follow are behind a launch.
         """
         bucket = self._bucket(rows)
         assert bucket is not None, "`why_host` knows"  # noqa: S101 (our own invariant)
+        before, self._latest = self._latest, None
+        if before is not None:
+            before.choose()
         self._fill(bucket, rows)
-        self._sampler.fill(bucket.choice, rows)
+        kind = self._sampler.fill(bucket.choice, rows)
         bucket.replay_forward()
-        logprobs = AskedLogprobs(bucket.logits[: len(rows)], rows)
-        bucket.replay_choice()
-        return DeviceStep(self._chosen[: len(rows)], logprobs)
+        sequences = [row.sequence for row in rows]
+        constrained = any(one.params.grammar is not None for one in sequences)
+        self._latest = DeviceStep(
+            AskedLogprobs(self._logits[: len(rows)], rows),
+            partial(self._choose, bucket, kind, len(rows)),
+            partial(begin_masks, sequences) if constrained else None,
+        )
+        return self._latest
+
+    @torch.inference_mode()
+    def _choose(self, bucket: _Bucket, kind: ChoiceKind, num_rows: int, masks: MaskWords | None) -> torch.Tensor:
+        if masks is not None:
+            self._sampler.put_masks(masks)
+        bucket.replay_choice[kind]()
+        return self._chosen[:num_rows]
 
     def _bucket(self, rows: Many[Row]) -> _Bucket | None:
         """The smallest that holds the rows."""
@@ -177,20 +203,20 @@ class DecodeGraphs:
             sampled_tokens=torch.arange(size, device=device),
         )
         choice = self._sampler.blank(size)
+        logits, chosen = self._logits[:size], self._chosen[:size]
 
-        def forward() -> torch.Tensor:
+        def forward() -> None:
             # A row without a choice is thrown away, and so is what follows it: any id will do.
             unseen = self._chosen.index_select(0, follows.clamp(min=0)).clamp(min=0)
             torch.where(follows == _KNOWN, known, unseen, out=inputs.token_ids)
-            return self._transformer.logits(self._transformer.hidden_states(inputs, self._pool))
+            hidden = self._transformer.hidden_states(inputs, self._pool)
+            logits.copy_(self._transformer.raw_logits(hidden))
 
-        logits, replay_forward = capture(forward)
-
-        def choose() -> torch.Tensor:
-            return self._chosen[:size].copy_(self._sampler.choose(choice, logits))
-
-        _, replay_choice = capture(choose)
-        return _Bucket(integers, tables, inputs, choice, logits, replay_forward, replay_choice)
+        replay_forward = capture(forward)
+        replay_choice = {
+            kind: capture(partial(self._sampler.choose, choice, kind, logits, chosen)) for kind in ALL_KINDS
+        }
+        return _Bucket(integers, tables, inputs, choice, replay_forward, replay_choice)
 
     def _fill(self, bucket: _Bucket, rows: Many[Row]) -> None:
         """Write a step's integers where the graph reads them."""

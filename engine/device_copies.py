@@ -6,6 +6,8 @@ when the copies that read or write it are done, so each step takes fresh tensors
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -21,3 +23,22 @@ def to_host(source: torch.Tensor) -> torch.Tensor:
     if not source.is_cuda:
         return source.clone()
     return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+
+
+def to_device_beside(values: np.ndarray, target: torch.Tensor) -> None:
+    """Like `to_device`, beside the work queued before it rather than behind; what is queued from now on waits for it.
+
+    Requires: nothing that reads or writes `target` is queued or runs.
+    """
+    if not target.is_cuda:
+        to_device(values, target)
+        return
+    stream = _copy_stream(target.device)
+    with torch.cuda.stream(stream):
+        to_device(values, target)
+    torch.cuda.current_stream(target.device).wait_stream(stream)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

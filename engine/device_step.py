@@ -5,6 +5,7 @@ Letters: R rows of the step, A rows that ask for log-probabilities, V vocab_size
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 
 from engine.choice import NO_CHOICE
 from engine.device_copies import to_device, to_host
+from engine.grammar.desk import StepMasks
+from engine.grammar.matcher import MaskWords
 from engine.logprobs import token_logprob
 from engine.plan import Failed, Row, Sampled, StepOutput
 from fleet.types import TokenLogprob
@@ -23,7 +26,7 @@ class AskedLogprobs:
     """Log-probabilities under the model's own logits for the rows that ask, computed on the device.
 
     Args:
-        logits: [R, V] float32, before any edit; only read, at once.
+        logits: [R, V] of the model's type, before any edit; only read, at once.
         rows: R of them.
     """
 
@@ -35,7 +38,7 @@ class AskedLogprobs:
             return
         self._index = torch.empty(len(self._num_top), dtype=torch.int64, device=logits.device)
         to_device(np.array(list(self._num_top), dtype=np.int64), self._index)
-        self._values = logits.index_select(0, self._index).log_softmax(dim=-1)  # [A, V]
+        self._values = logits.index_select(0, self._index).log_softmax(dim=-1, dtype=torch.float32)  # [A, V]
         scores, ids = self._values.topk(max(self._num_top.values()), dim=-1)  # [A, S]
         self._top = to_host(scores), to_host(ids)
 
@@ -58,27 +61,55 @@ class AskedLogprobs:
 class DeviceStep:
     """A step in a device's queue. Implements `engine.plan.Pending`.
 
+    Its forward pass is queued; the choice of its tokens too, unless rows are constrained: their masks follow from the
+    tokens of the step before, which the host must have booked by then.
+
     Args:
-        chosen: [R] int64, written by work that is queued already.
         logprobs: of the rows that ask.
+        choose: queues the choice, given the constrained rows' masks, in the rows' order; returns the ids, [R] int64.
+        begin_masks: starts on those masks; None where no row is constrained.
     """
 
-    def __init__(self, chosen: torch.Tensor, logprobs: AskedLogprobs) -> None:
-        logprobs.note(chosen)
+    def __init__(
+        self,
+        logprobs: AskedLogprobs,
+        choose: Callable[[MaskWords | None], torch.Tensor],
+        begin_masks: Callable[[], StepMasks | None] | None,
+    ) -> None:
         self._logprobs = logprobs
-        self._ids = to_host(chosen)
+        self._choose = choose
+        self._begin_masks = begin_masks
+        self._masks: StepMasks | None = None
+        self._ids: torch.Tensor | None = None
         self._done: torch.cuda.Event | None = None
-        if chosen.is_cuda:
-            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            self._done.record()
+        if begin_masks is None:
+            self.choose()
+
+    def choose(self) -> torch.Tensor:
+        """Queue the choice if it is not yet, and the ids' way back; waits for masks, not for the device.
+
+        Requires: nothing that the rows follow is unbooked, and no step is queued behind this one.
+        """
+        if self._ids is None:
+            words = None
+            if self._begin_masks is not None and (masks := self._begin_masks()) is not None:
+                _, words = masks.wait()
+                self._masks = masks
+            chosen = self._choose(words)
+            self._logprobs.note(chosen)
+            self._ids = to_host(chosen)
+            if chosen.is_cuda:
+                self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                self._done.record()
+        return self._ids
 
     def wait(self) -> StepOutput:
         """Sleep until the device has written tokens and pages."""
+        ids = self.choose()
         if self._done is not None:
             self._done.synchronize()
-        return StepOutput(
-            tuple(
-                NOTHING_TO_CHOOSE if token == NO_CHOICE else Sampled(token, self._logprobs.of(at))
-                for at, token in enumerate(self._ids.tolist())
-            )
-        )
+        chosen: list[Sampled | Failed] = [
+            NOTHING_TO_CHOOSE if token == NO_CHOICE else Sampled(token, self._logprobs.of(at))
+            for at, token in enumerate(ids.tolist())
+        ]
+        return StepOutput(tuple(chosen if self._masks is None else self._masks.settle(chosen)))

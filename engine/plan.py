@@ -119,5 +119,7 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> StepOutput | Pending:
         """Start one step, or compute it. Called on the step thread only. Does not mutate sequences.
 
-        All that the rows say is read by the return. Rows follow only a plan that feeds them, in one that does so too.
+        All that the rows say is read by the return, but for what their grammars need: the ids before theirs, which are
+        read at the next launch or at `Pending.wait`, when the plan before is booked. Rows follow only a plan that feeds
+        them, in one that does so too.
         """

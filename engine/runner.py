@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 
 from engine.attention_inputs import InputShape
 from engine.choice import choice_for
-from engine.grammar.desk import GrammarDesk
+from engine.grammar.desk import GrammarDesk, StepMasks
 from engine.inputs import StepInputs, build_inputs, row_error
 from engine.kv_pool import page_shape
 from engine.load import LoadedModel
@@ -21,6 +22,7 @@ from engine.page_tables import PageArray, PageTables
 from engine.plan import Failed, Pending, Result, Row, ScoredPrompt, StepOutput, StepPlan
 from engine.prompt_outputs import needs_hidden_states, pool, score
 from engine.sampler import sample
+from engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,13 @@ class DecodeForward(Protocol):
     def why_host(self, rows: Many[Row]) -> str | None:
         """What keeps a step of these rows from `launch`, in a word, or None. Cheap."""
 
-    def launch(self, rows: Many[Row]) -> Pending:
-        """Queue a step whose tokens are chosen on the device. Requires: `why_host` has nothing against sound rows."""
+    def launch(self, rows: Many[Row], begin_masks: Callable[[Many[Sequence]], StepMasks | None]) -> Pending:
+        """Queue a step whose tokens are chosen on the device. Requires: `why_host` has nothing against sound rows.
+
+        Args:
+            rows: of the step.
+            begin_masks: starts on the masks of the rows' sequences; asked once what the rows follow is booked.
+        """
 
     def forward(self, rows: Many[Row]) -> torch.Tensor | None:
         """Logits `[R, V]` float32, or None for steps that it does not serve."""
@@ -64,8 +71,8 @@ class ModelRunner:
 
     Attributes:
         last_timing: of the latest step that `run` computed, None before the first.
-        num_steps: on a device that could choose their tokens, by where they were chosen: `device`, or for what reason
-            on the host.
+        num_steps: on a device that could choose their tokens, by where they were chosen: `device`, `device_grammar`
+            (there too, by masks from the host), or for what reason on the host.
     """
 
     def __init__(
@@ -104,8 +111,12 @@ class ModelRunner:
         if self._decode is None:
             return self.run(plan)
         reason = self._why_host(self._decode, plan)
-        self.num_steps[reason or "device"] += 1
-        return self.run(plan) if reason is not None else self._decode.launch(plan.rows)
+        if reason is not None:
+            self.num_steps[reason] += 1
+            return self.run(plan)
+        constrained = any(row.sequence.params.grammar is not None for row in plan.rows)
+        self.num_steps["device_grammar" if constrained else "device"] += 1
+        return self._decode.launch(plan.rows, self._grammars.begin)
 
     def _why_host(self, decode: DecodeForward, plan: StepPlan) -> str | None:
         """Looked into once for a plan, which is asked about before its launch, by it, and for the step after it."""

@@ -82,7 +82,11 @@ class Transformer:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and vocabulary head, `[R, E]` -> `[R, V]` float32."""
-        return self.lm_head(self.normed(hidden)).to(torch.float32)
+        return self.raw_logits(hidden).to(torch.float32)
+
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same numbers as `logits` in the model's type, for what widens them as it reads."""
+        return self.lm_head(self.normed(hidden))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm, `[R, E]` -> `[R, E]`: what the vocabulary head reads, and embeddings are made of."""

@@ -14,7 +14,7 @@ from fleet.hand_off_messages import RefuseReason
 from fleet.types import WorkerLoad
 
 STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-CHOSEN = ("device", "prompt", "grammar", "logit_bias", "penalties", "batch", "bad_row")
+CHOSEN = ("device", "device_grammar", "prompt", "logit_bias", "penalties", "batch", "bad_row")
 HAND_OFF_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -119,7 +119,7 @@ class WorkerMetrics:
         """Show where the tokens of decode steps were chosen. Kept by whoever runs the steps."""
         gauge = Gauge(
             "baton_worker_decode_steps",
-            "Steps since start by where their tokens were chosen: device, or the reason why the host did",
+            "Steps since start by where tokens were chosen: device, device_grammar (by masks), or why the host did",
             ["chosen"],
             registry=self.registry,
         )

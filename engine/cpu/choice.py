@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from engine.candidates import EXPONENT_OF_UNIT, LN2_HIGH, LN2_LOW, LOG2_E, LOWEST, ROUNDER, SERIES
+from engine.candidates import EXPONENT_OF_UNIT, LN2_HIGH, LN2_LOW, LOG2_E, LOWEST, ROUNDER, SERIES, UNIT_BITS
 from engine.choice import NO_CHOICE, ChoiceRows
 from engine.cpu.jit import Team, bits_of, float_of, kernel, num_threads, pointer, thread_num
 
@@ -26,6 +26,7 @@ _LN2_HIGH, _LN2_LOW = np.float32(LN2_HIGH), np.float32(LN2_LOW)
 _TINIEST = np.float32(torch.finfo(torch.float32).tiny)
 _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (np.float32(coefficient) for coefficient in SERIES)
 _EXPONENT_OF_UNIT = np.int64(EXPONENT_OF_UNIT)
+_UNIT = 2.0**UNIT_BITS
 _MAGNITUDE, _INFINITY = np.int64(0x7FFFFFFF), np.int64(0x7F800000)
 _GAMMA, _ONE = np.uint64(0x9E3779B97F4A7C15), np.uint64(1)  # SplitMix64, as in `engine.noise`
 _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -164,12 +165,13 @@ def _token_choice() -> Any:  # noqa: C901, PLR0915 - as below
                             members[num_kept] = at
                             num_kept += (bits_of(scores[at]) & _MAGNITUDE) >> shift <= found
                         num_members, all_in = num_kept, False
-                limit = -float_of(found) if cut < 2 else np.float32(np.log(np.float64(min_ps[row])))
+                limit = -float_of(found) if cut < 2 else np.float32(-np.inf)
+                least = np.int64(np.ceil(np.float64(min_ps[row]) * _UNIT)) if cut == 2 else np.int64(0)
                 num_kept, mass = 0, np.int64(0)
                 for member in range(num_members):
                     at = member if all_in else members[member]
                     members[num_kept] = at
-                    kept = scores[at] >= limit
+                    kept = scores[at] >= limit and weights[at] >= least
                     num_kept += kept
                     mass += weights[at] if kept else 0
                 num_members, all_in = num_kept, False

@@ -21,7 +21,7 @@ from engine.errors import EngineError
 from engine.grammar.matcher import MaskWords, Matcher, Standing, fill
 from engine.grammar.vocabulary import Vocabulary
 from engine.plan import Complete, Failed, Sampled
-from engine.sequence import Sequence
+from engine.sequence import Phase, Sequence
 from fleet.types import Grammar
 
 NUM_THREADS = 2  # one for masks, one that may compile meanwhile; and two that share the masks of a large batch
@@ -135,6 +135,8 @@ class GrammarDesk:
         masks: MaskWords = np.full((len(rows), self._num_words()), -1, dtype=np.int32)
         followed: list[tuple[Matcher, int]] = []
         for place, masked in enumerate(rows):
+            if masked.sequence.phase is Phase.DONE:
+                continue  # it ended in a step that this one was queued behind: what is chosen is thrown away
             try:
                 masked.matcher = self._matcher(masked.sequence)
                 followed.append((masked.matcher, place))

@@ -18,6 +18,11 @@ def kernel(function: Callable[..., Any]) -> Any:
     return triton.jit(function)
 
 
+def varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """A `kernel` of whose integer arguments these change from launch to launch: it is not compiled anew for 1 or 16."""
+    return lambda function: triton.jit(function, do_not_specialize=names)
+
+
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least `size`: what a tile's extent must be."""
     return 1 << max(size - 1, 0).bit_length()

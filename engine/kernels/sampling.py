@@ -1,9 +1,8 @@
-"""The choice of tokens, without a word from the host. Letters in `engine.kernels`.
+"""The choice of tokens, without a word from the host. Letters in `engine.kernels`; S programs share a row.
 
-`choose_tokens` means what its twin `engine.choice.choose_tokens` means: the same order of cuts, the same limits with
-ties, the same noise, the same inversion in vocabulary order. It sums probabilities in float64 where the twin adds whole
-numbers, and `exp` may differ in its last bits, so the tokens agree except where a draw or a cut falls into a sliver of
-about 1e-7 of the mass.
+`choose_tokens` says what its twin `engine.choice.choose_tokens` says, to the letter. A row is cut into S shares, so
+that a single row is not left to one multiprocessor; between launches its programs meet in memory: the best of each
+share, the digits of the limits (`engine.kernels.draw_limits`), the mass of each share, the token.
 """
 # ruff: noqa: N803
 
@@ -13,205 +12,174 @@ import torch
 import triton.language as tl
 
 from engine.candidates import Cuts
-from engine.kernels.jit import kernel, power_of_two
+from engine.kernels.draw_limits import NUM_DIGITS, Draws, best_of, distances_of, kept_by, search_limits, weights_of
+from engine.kernels.jit import kernel, power_of_two, tiles, varying
+from engine.kernels.row_logits import RowLogits, line_of, values_of
 
-_TILE = 1024
+_TILE = 512
+_PROGRAMS = 1024  # of a launch, about: some for each multiprocessor there is
 # SplitMix64, as in `engine.noise`.
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = tl.constexpr(0x94D049BB133111EB)
-_TINIEST = tl.constexpr(torch.finfo(torch.float32).tiny)
-_ALL = tl.constexpr(0x7FFFFFFF)  # above the bits of every magnitude, infinity included
 
 
 def choose_tokens(
-    logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, seeds: torch.Tensor, indexes: torch.Tensor
+    logits: RowLogits,
+    temperatures: torch.Tensor,
+    cuts: Cuts,
+    seeds: torch.Tensor,
+    indexes: torch.Tensor,
+    *,
+    searches: bool = True,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Choose one token per row, in one launch. Graph-safe.
+    """Choose one token per row. Graph-safe.
 
-    A row is read once if greedy, four times if it draws without cuts, and 16 times more for each of top-k and top-p.
+    Rows are read once if greedy, three times if they draw, and NUM_DIGITS times more for each of top-k and top-p.
 
     Args:
-        logits: [R, V] float32, edited, columns contiguous; not mutated.
+        logits: not mutated.
         temperatures: [R] float32; 0 takes the likeliest, the lowest id among equals.
         cuts: of the R rows.
         seeds: [R] int64.
         indexes: [R] int64, of the output token; the noise is that of `engine.noise.uniforms(seeds, indexes)`.
+        searches: False leaves out top-k and top-p, and the launches that search for their limits.
+        chosen: [R] int64 that takes the result; None: new memory.
 
     Returns:
-        [R] int64 token ids; `NO_CHOICE` for a row whose best logit is not finite.
+        [R] int64 token ids; `NO_CHOICE` for a row whose best logit is not finite or that holds NaN.
     """
-    num_rows, vocab_size = logits.shape
-    if logits.dtype is not torch.float32 or logits.stride(1) != 1:
-        raise ValueError(f"cannot choose from {logits.dtype} logits of strides {list(logits.stride())}")
-    chosen = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    if num_rows:
-        _choose[(num_rows,)](
-            logits,
-            temperatures,
-            cuts.top_k,
-            cuts.top_p,
-            cuts.min_p,
-            seeds,
-            indexes,
-            chosen,
-            logits.stride(0),
-            VOCAB=vocab_size,
-            TILE=min(_TILE, power_of_two(vocab_size)),
-            num_warps=8,
-        )
+    logits.check()
+    num_rows, vocab_size = logits.raw.shape
+    if chosen is None:
+        chosen = torch.empty(num_rows, dtype=torch.int64, device=logits.raw.device)
+    if num_rows == 0:
+        return chosen
+    tile = min(_TILE, power_of_two(vocab_size))
+    num_tiles = tiles(vocab_size, tile)
+    share = tiles(num_tiles, max(1, _PROGRAMS // num_rows)) * tile
+    num_shares = tiles(vocab_size, share)
+    grid = (num_rows, num_shares)
+    draws = Draws.of(temperatures, cuts, num_shares)
+    likeliest = torch.empty(grid, dtype=torch.int32, device=chosen.device)
+    masses = torch.empty(grid, dtype=torch.int64, device=chosen.device)
+    source, sizes = (logits, logits.raw.stride(0), draws), (num_rows, num_shares, share)
+    how = {"VOCAB": vocab_size, "TILE": tile, "num_warps": 8, "enable_fp_fusion": False}
+    _survey[grid](*source, num_shares, share, likeliest, **how)
+    how["SHARES"] = power_of_two(num_tiles)
+    if searches:
+        draws.sums.zero_()
+        for by_mass in (False, True):
+            for digit in range(NUM_DIGITS):
+                search_limits[grid](*source, *sizes, digit, BY_MASS=by_mass, **how)
+    _weigh[grid](*source, *sizes, masses, SEARCHED=searches, **how)
+    _pick[(num_rows,)](*source, *sizes, likeliest, masses, seeds, indexes, chosen, SEARCHED=searches, **how)
     return chosen
 
 
-@kernel
-def _choose(
-    logits: tl.tensor,
-    temperatures: tl.tensor,
-    top_ks: tl.tensor,
-    top_ps: tl.tensor,
-    min_ps: tl.tensor,
-    seeds: tl.tensor,
-    indexes: tl.tensor,
-    chosen: tl.tensor,
-    row_stride: tl.tensor,
+@varying("num_shares", "share")
+def _survey(
+    logits: tl.tuple,
+    stride: tl.tensor,
+    draws: tl.tuple,
+    num_shares: tl.tensor,
+    share: tl.tensor,
+    likeliest: tl.tensor,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program: one row. Candidates are handled as distances below the best, whose bits rise as they do."""
-    row = tl.program_id(0)
-    line = logits + row.to(tl.int64) * row_stride
-    best, likeliest, sound = _best(line, VOCAB, TILE)
-    temperature = tl.load(temperatures + row)
-    result = likeliest.to(tl.int64)
-    if sound & (temperature > 0):
-        divisor = tl.maximum(temperature, _TINIEST)
-        limit = tl.full([], _ALL, tl.uint32)
-        top_k = tl.load(top_ks + row)
-        if (top_k > 0) & (top_k < VOCAB):
-            limit = _limit(line, best, divisor, limit, top_k.to(tl.float64), False, VOCAB, TILE)
-        top_p = tl.load(top_ps + row)
-        if top_p < 1:
-            needed = top_p.to(tl.float64) * _mass(line, best, divisor, limit, float("inf"), VOCAB, TILE)
-            limit = tl.minimum(limit, _limit(line, best, divisor, limit, needed, True, VOCAB, TILE))
-        min_p = tl.load(min_ps + row)
-        farthest = tl.where(min_p > 0, -tl.log(tl.where(min_p > 0, min_p, 1.0)), float("inf"))
-        total = _mass(line, best, divisor, limit, farthest, VOCAB, TILE)
-        target = total * _uniform(tl.load(seeds + row), tl.load(indexes + row))
-        drawn = _invert(line, best, divisor, limit, farthest, target, VOCAB, TILE)
-        result = tl.where(drawn >= 0, drawn, likeliest).to(tl.int64)
-    tl.store(chosen + row, tl.where(sound, result, -1))
-
-
-@kernel
-def _best(line: tl.tensor, VOCAB: tl.constexpr, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The best logit, the lowest id that has it, and whether it is finite and no logit is NaN."""
+    """One program: one share's best logit, and the lowest id that has it."""
+    line = line_of(logits, stride, VOCAB)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
-    where = tl.zeros((TILE,), tl.int32)
+    where = tl.full((TILE,), VOCAB, tl.int32)
     undefined = tl.zeros((TILE,), tl.int32)
-    for begin in tl.range(0, VOCAB, TILE):
+    first = tl.program_id(1) * share
+    for begin in tl.range(first, first + share, TILE):
         ids = begin + tl.arange(0, TILE)
-        values = tl.load(line + ids, mask=ids < VOCAB, other=float("-inf"))
+        values = values_of(line, ids, VOCAB)
         where = tl.where(values > highest, ids, where)
         highest = tl.maximum(highest, values)
         undefined |= (values != values).to(tl.int32)  # noqa: PLR0124 - how NaN shows itself
     best = tl.max(highest, axis=0)
     lowest = tl.min(tl.where(highest == best, where, VOCAB), axis=0)
-    sound = (best > float("-inf")) & (best < float("inf")) & (tl.max(undefined, axis=0) == 0)
-    return best, lowest, sound
+    place = tl.program_id(0) * num_shares + tl.program_id(1)
+    tl.store(draws.tops + place, tl.where(tl.max(undefined, axis=0) == 0, best, float("inf")))
+    tl.store(likeliest + place, lowest)
 
 
-@kernel
-def _distances(line: tl.tensor, ids: tl.tensor, best: tl.tensor, divisor: tl.tensor, VOCAB: tl.constexpr) -> tl.tensor:
-    """How far each candidate lies below the best, over the temperature; from 0 to infinity, the latter past the end."""
-    values = tl.load(line + ids, mask=ids < VOCAB, other=float("-inf"))
-    return tl.math.div_rn(best - values, tl.broadcast_to(divisor, ids.shape))
-
-
-@kernel
-def _weights(distances: tl.tensor, limit: tl.tensor, farthest: tl.tensor) -> tl.tensor:
-    """Unnormalised probabilities in float64; 0 for candidates beyond either limit."""
-    kept = (distances.to(tl.uint32, bitcast=True) <= limit) & (distances <= farthest)
-    return tl.where(kept, tl.exp(-distances), 0.0).to(tl.float64)
-
-
-@kernel
-def _mass(
-    line: tl.tensor,
-    best: tl.tensor,
-    divisor: tl.tensor,
-    limit: tl.tensor,
-    farthest: tl.tensor,
+@varying("num_rows", "num_shares", "share")
+def _weigh(
+    logits: tl.tuple,
+    stride: tl.tensor,
+    draws: tl.tuple,
+    num_rows: tl.tensor,
+    num_shares: tl.tensor,
+    share: tl.tensor,
+    masses: tl.tensor,
+    SEARCHED: tl.constexpr,
+    SHARES: tl.constexpr,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
-) -> tl.tensor:
-    """Sum of the weights within the limits, tile by tile as `_invert` adds them."""
-    total = tl.full([], 0.0, tl.float64)
-    for begin in tl.range(0, VOCAB, TILE):
-        distances = _distances(line, begin + tl.arange(0, TILE), best, divisor, VOCAB)
-        total += tl.sum(_weights(distances, limit, farthest), axis=0)
-    return total
+) -> None:
+    """One program: the mass that the cuts leave of one share."""
+    temperature = tl.load(draws.temperatures + tl.program_id(0))
+    if temperature > 0:
+        line, best = line_of(logits, stride, VOCAB), best_of(draws, num_shares, SHARES)
+        limit, least = kept_by(draws, num_rows, SEARCHED, VOCAB)
+        mass = tl.zeros((TILE,), tl.int64)
+        first = tl.program_id(1) * share
+        for begin in tl.range(first, first + share, TILE):
+            distances = distances_of(line, begin + tl.arange(0, TILE), best, temperature, VOCAB)
+            mass += weights_of(distances, limit, least)
+        tl.store(masses + tl.program_id(0) * num_shares + tl.program_id(1), tl.sum(mass, axis=0))
 
 
-@kernel
-def _limit(
-    line: tl.tensor,
-    best: tl.tensor,
-    divisor: tl.tensor,
-    ceiling: tl.tensor,
-    needed: tl.tensor,
-    BY_MASS: tl.constexpr,
+@varying("num_rows", "num_shares", "share")
+def _pick(
+    logits: tl.tuple,
+    stride: tl.tensor,
+    draws: tl.tuple,
+    num_rows: tl.tensor,
+    num_shares: tl.tensor,
+    share: tl.tensor,
+    likeliest: tl.tensor,
+    masses: tl.tensor,
+    seeds: tl.tensor,
+    indexes: tl.tensor,
+    chosen: tl.tensor,
+    SEARCHED: tl.constexpr,
+    SHARES: tl.constexpr,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
-) -> tl.tensor:
-    """Bits of the least distance within which the candidates reach `needed`, by number or by mass.
-
-    A search from the highest bits down, two bits per reading of the row. What lies beyond `ceiling` has no mass.
-    """
-    digits = tl.arange(0, 4).to(tl.uint32)
-    found = tl.full([], 0, tl.uint32)
-    for step in tl.range(0, 16):
-        shift = tl.full([], 30, tl.uint32) - 2 * step
-        lows = (tl.full([], 1, tl.uint32) << shift) - 1
-        tops = found | (digits << shift) | lows  # the highest bits under each digit
-        reached = tl.zeros((4,), tl.float64)
-        for begin in tl.range(0, VOCAB, TILE):
-            ids = begin + tl.arange(0, TILE)
-            distances = _distances(line, ids, best, divisor, VOCAB)
-            if BY_MASS:  # noqa: SIM108 - a branch that the compiler takes, not a value
-                amounts = _weights(distances, ceiling, float("inf"))
-            else:
-                amounts = (ids < VOCAB).to(tl.float64)
-            within = distances.to(tl.uint32, bitcast=True)[:, None] <= tops[None, :]
-            reached += tl.sum(tl.where(within, amounts[:, None], 0.0), axis=0)
-        short = (reached < needed) & (digits < 3)
-        found |= tl.sum(short.to(tl.int32), axis=0).to(tl.uint32) << shift
-    return found
-
-
-@kernel
-def _invert(
-    line: tl.tensor,
-    best: tl.tensor,
-    divisor: tl.tensor,
-    limit: tl.tensor,
-    farthest: tl.tensor,
-    target: tl.tensor,
-    VOCAB: tl.constexpr,
-    TILE: tl.constexpr,
-) -> tl.tensor:
-    """The first id, in vocabulary order, at which the running sum of weights exceeds `target`; -1 for none."""
-    before = tl.full([], 0.0, tl.float64)
-    found = tl.full([], -1, tl.int32)
-    for begin in tl.range(0, VOCAB, TILE):
-        weights = _weights(_distances(line, begin + tl.arange(0, TILE), best, divisor, VOCAB), limit, farthest)
-        mass = tl.sum(weights, axis=0)
-        if (found < 0) & (before + mass > target):
-            ends = tl.cumsum(weights, axis=0)
-            # A running sum may round apart from the sum by a hair: stay before the very end.
-            inside = tl.minimum(tl.maximum(target - before, 0.0), tl.max(ends, axis=0) * (1 - 2.0**-50))
-            found = begin + tl.sum((ends <= inside).to(tl.int32), axis=0)
-        before += mass
-    return found
+) -> None:
+    """One program: one row's token, the likeliest or the first id where the running sum of weights passes a target."""
+    row = tl.program_id(0)
+    temperature, best = tl.load(draws.temperatures + row), best_of(draws, num_shares, SHARES)
+    shares = tl.arange(0, SHARES)
+    is_share = shares < num_shares
+    tops = tl.load(draws.tops + row * num_shares + shares, mask=is_share, other=float("-inf"))
+    lowest = tl.load(likeliest + row * num_shares + shares, mask=is_share, other=VOCAB)
+    token = tl.min(tl.where(tops == best, lowest, VOCAB), axis=0)
+    sound = (best > float("-inf")) & (best < float("inf"))
+    if sound & (temperature > 0):
+        line = line_of(logits, stride, VOCAB)
+        limit, least = kept_by(draws, num_rows, SEARCHED, VOCAB)
+        mass = tl.load(masses + row * num_shares + shares, mask=is_share, other=0)
+        noise = _uniform(tl.load(seeds + row), tl.load(indexes + row))
+        target = (noise * tl.sum(mass, axis=0).to(tl.float64)).to(tl.int64)
+        skipped = tl.cumsum(mass, axis=0) <= target
+        target -= tl.sum(tl.where(skipped, mass, 0), axis=0)
+        first = tl.sum(skipped.to(tl.int32), axis=0) * share
+        token = tl.full([], -1, tl.int32)
+        for begin in tl.range(first, first + share, TILE):
+            distances = distances_of(line, begin + tl.arange(0, TILE), best, temperature, VOCAB)
+            ends = tl.cumsum(weights_of(distances, limit, least), axis=0)
+            within = tl.max(ends, axis=0)
+            here = begin + tl.sum((ends <= target).to(tl.int32), axis=0)
+            token = tl.where((token < 0) & (target < within), here, token)
+            target -= within
+    tl.store(chosen + row, tl.where(sound, token, -1).to(tl.int64))
 
 
 @kernel

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_driver import make_sequence
 
-from engine.candidates import UNIT_BITS, Cuts, draw, limits, whole_weights
+from engine.candidates import UNIT_BITS, Cuts, beyond, draw, whole_weights
 from engine.choice import ChoiceRows, choice_for, choose_in_torch
 from engine.cpu.choice import TokenChoice
 from engine.logprobs import LOGPROB_FLOOR
@@ -137,8 +137,8 @@ def test_the_kept_candidates_are_those_of_the_definitions(
     params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
     scores = torch.tensor([logits])
     scores -= scores.max()
-    (limit,) = limits(scores, whole_weights(scores), cuts_of(params))
-    assert set(torch.nonzero(scores[0] >= limit).flatten().tolist()) == naive_kept(scores[0].tolist(), params)
+    kept = ~beyond(scores, whole_weights(scores), cuts_of(params))
+    assert set(torch.nonzero(kept[0]).flatten().tolist()) == naive_kept(scores[0].tolist(), params)
 
 
 def test_weights_are_exponentials_in_whole_numbers() -> None:

@@ -32,9 +32,10 @@ from engine.kernels.fp8_product import fp8_tile_product
 from engine.kernels.paged_decode_attention import paged_decode_attention
 from engine.kernels.paged_prefill_attention import paged_prefill_attention, plan_prefill
 from engine.kernels.pages import gather_pages
-from engine.kernels.penalties import Bias, Penalties, edit_logits
+from engine.kernels.penalties import Bias, Penalties, edit_logits, note_chosen
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rotary_page_write import rotary_page_write
+from engine.kernels.row_logits import RowLogits
 from engine.kernels.sampling import choose_tokens
 from engine.kernels.silu_mul import silu_mul
 
@@ -76,7 +77,14 @@ def _resources(compiled: Any) -> dict[str, int]:
         file.flush()
         usage = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    return {"shared_bytes": compiled.metadata.shared, "registers": registers, "stack_bytes": stack}
+    text = compiled.asm["ptx"]
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        "registers": registers,
+        "threads": 32 * compiled.metadata.num_warps,
+        "stack_bytes": stack,
+        "inexact": len(re.findall(r"\bfma\.|\.ftz\b|\.approx\b", text)),
+    }
 
 
 def compile_over_pages(layer: torch.Tensor, head_norm: torch.Tensor) -> None:
@@ -108,12 +116,11 @@ def compile_all(capability: int) -> None:
     gather_pages(pool, places[:2], torch.empty_like(pool[:2]))
     logits, ints = torch.empty(4, 151936), torch.zeros(4, dtype=torch.int32)
     numbers = torch.ones(4)
-    edit_logits(
-        logits,
-        Bias(torch.zeros(5, dtype=torch.int32), ints, numbers),
-        Penalties(ints, logits.view(torch.int32), numbers, numbers.double(), numbers.double()),
-    )
-    choose_tokens(logits, numbers, Cuts(places, numbers, numbers), places, places)
+    penalties = Penalties(ints, logits.view(torch.int32), numbers, numbers.double(), numbers.double())
+    rows = RowLogits.plain(logits.bfloat16())
+    edit_logits(rows, Bias(torch.zeros(5, dtype=torch.int32), ints, numbers), penalties)
+    note_chosen(penalties, places)
+    choose_tokens(rows, numbers, Cuts(places, numbers, numbers), places, places)
     if capability >= 89:  # the first with FP8
         quantise_tensor(hidden)
         quantise_rows(hidden)

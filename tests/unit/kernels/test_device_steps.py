@@ -12,12 +12,14 @@ from support.checkpoints import VOCAB_SIZE, make_checkpoint
 from support.engine_driver import Driver
 
 from engine.decode_graphs import DecodeGraphs
-from engine.device_sampler import MAX_BIAS, DeviceSampler, TokenCounts
+from engine.device_sampler import MAX_BIAS, DeviceSampler
 from engine.kernel_backend import KernelBackend
+from engine.kernels.penalties import Penalties, note_chosen
 from engine.plan import Failed, Pending, Row, Sampled, StepOutput, StepPlan
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
-from fleet.types import Grammar, GrammarKind, SamplingParams
+from engine.token_counts import TokenCounts
+from fleet.types import SamplingParams
 from fleet.worker_metrics import CHOSEN
 
 NUM_TOKENS = 6
@@ -126,18 +128,12 @@ def test_host_steps_in_between_change_nothing(tmp_path: Path) -> None:
 def test_what_the_device_cannot_choose_goes_to_the_host_and_is_counted(tmp_path: Path) -> None:
     device = Device(make_checkpoint(tmp_path / "qwen3", "qwen3"), max_rows=2)
     driver, runner = device.driver, device.runner
-    grammar = Grammar(GrammarKind.REGEX, "[0-9]+")
-    odd = {
-        "grammar": SamplingParams(grammar=grammar, max_tokens=9),
-        "logit_bias": SamplingParams(logit_bias={VOCAB_SIZE: 1.0}, max_tokens=9),
-    }
-    for reason, params in odd.items():
-        (sequence,) = admit(driver, [params])
-        sequence.token_ids.append(3)
-        plan = StepPlan((Row(sequence, sequence.prompt_len, 1, sample=True),))
-        assert not runner.feeds_next(plan)
-        assert isinstance(runner.launch(plan), StepOutput)
-        assert runner.num_steps[reason] == 1
+    (odd,) = admit(driver, [SamplingParams(logit_bias={VOCAB_SIZE: 1.0}, max_tokens=9)])
+    odd.token_ids.append(3)
+    plan = StepPlan((Row(odd, odd.prompt_len, 1, sample=True),))
+    assert not runner.feeds_next(plan)
+    assert isinstance(runner.launch(plan), StepOutput)
+    assert runner.num_steps["logit_bias"] == 1
     good = admit(driver, PARAMS[:3])
     plans = {
         "prompt": StepPlan((Row(good[0], 0, 3, sample=True),)),
@@ -159,7 +155,10 @@ def test_what_the_device_cannot_choose_goes_to_the_host_and_is_counted(tmp_path:
     row = Row(many, many.prompt_len - 1, 1, sample=True)
     assert sampler.why_host([row]) is None
     assert sampler.why_host([row] * (1 + MAX_BIAS // len(STOPS))) == "logit_bias"
-    assert {*runner.num_steps, "penalties", "device"} == set(CHOSEN)
+    edited = [SamplingParams(logit_bias={3: 1.0}, max_tokens=9), *penalised[:2]]
+    rows = [Row(one, one.prompt_len - 1, 1, sample=True) for one in admit(driver, edited)]
+    assert sampler.why_host(rows) == "logit_bias", "no room for that many edited rows"
+    assert {*runner.num_steps, "penalties", "device", "device_grammar"} == set(CHOSEN)
 
 
 def test_a_row_without_a_choice_fails_alone_and_so_does_what_follows_it(tmp_path: Path) -> None:
@@ -194,7 +193,9 @@ def test_counts_change_owners_when_rows_are_few(tmp_path: Path) -> None:
             expected[one.token_ids[: one.prompt_len]] += 1
             assert torch.equal(counts.counts[places[at]], expected)
         tokens = [draw.randrange(-1, VOCAB_SIZE) for _ in chosen]
-        counts.note(torch.tensor([places[at] for at in range(len(chosen))]).int(), torch.tensor(tokens))
+        none = torch.zeros(len(chosen))
+        rows = torch.tensor([places[at] for at in range(len(chosen))]).int()
+        note_chosen(Penalties(rows, counts.counts, none, none.double(), none.double()), torch.tensor(tokens))
         for one, token in zip(chosen, tokens, strict=True):
             if token >= 0:
                 one.token_ids.append(token)

@@ -12,9 +12,12 @@ from kernel_kit import assert_close
 from support.engine_driver import make_sequence
 
 from engine.candidates import Cuts
-from engine.choice import NO_CHOICE
+from engine.choice import NO_CHOICE, ChoiceRows
 from engine.choice import choose_tokens as choose_tokens_twin
-from engine.kernels.penalties import Bias, Penalties, edit_logits, edit_logits_twin
+from engine.cpu.choice import TokenChoice
+from engine.kernels import sampling
+from engine.kernels.penalties import Bias, Penalties, edit_logits, edit_logits_twin, note_chosen, note_chosen_twin
+from engine.kernels.row_logits import RowLogits, row_logits_twin
 from engine.kernels.sampling import choose_tokens
 from engine.logit_edits import edit_row
 from engine.noise import as_int64
@@ -22,6 +25,8 @@ from engine.plan import Failed
 from engine.sampler import sample
 from engine.sequence import Sequence
 from fleet.types import SamplingParams
+
+Rows = tuple[torch.Tensor, Cuts, torch.Tensor, torch.Tensor]  # temperatures, cuts, seeds, indexes
 
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -42,7 +47,7 @@ def choose(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     """The kernel, called as a backend would."""
     params, device = [one.params for one in sequences], logits.device
     return choose_tokens(
-        logits,
+        RowLogits.plain(logits),
         torch.tensor([one.temperature for one in params], device=device),
         Cuts(
             torch.tensor([one.top_k for one in params], device=device),
@@ -67,8 +72,70 @@ def test_the_same_tokens_as_the_sampler(vocab_size: int, device: torch.device) -
     logits[4] = logits[4].round()  # ties at the cuts
     tokens = choose(logits, sequences)
     expected = [one.token_id for one in sample(logits.clone(), sequences) if not isinstance(one, Failed)]
-    print(f"{sum(a != b for a, b in zip(tokens.tolist(), expected, strict=True))} of {len(expected)} tokens differ")
     assert tokens.tolist() == expected
+    alone = [choose(logits[at : at + 1], sequences[at : at + 1]).item() for at in range(len(sequences))]
+    assert alone == expected, "a row's token depends on its company"
+
+
+def random_rows(num_rows: int, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, Rows]:
+    """Logits in bfloat16, some rows with many ties, some nearly flat, some with bans; parameters of every kind."""
+    draw = torch.Generator().manual_seed(num_rows + vocab_size)
+    spread = torch.tensor([0.01, 0.5, 3.0, 30.0])[torch.randint(4, (num_rows, 1), generator=draw)]
+    logits = torch.randn(num_rows, vocab_size, generator=draw) * spread
+    logits[1::4] = logits[1::4].round()
+    logits[torch.rand(num_rows, vocab_size, generator=draw) < 0.05] = -torch.inf
+
+    def one_of(*values: float) -> torch.Tensor:
+        return torch.tensor(values)[torch.randint(len(values), (num_rows,), generator=draw)].to(device)
+
+    temperatures = one_of(0.0, 1e-38, 0.3, 1.0, 1.0, 2.5)
+    cuts = Cuts(
+        one_of(0, 0, 1, 2, 40, vocab_size - 1, 10 * vocab_size).to(torch.int64),
+        one_of(1.0, 1.0, 0.999, 0.9, 0.3, 1e-6),
+        one_of(0.0, 0.0, 1e-9, 0.02, 0.5, 1.0),
+    )
+    for column, value in zip((temperatures, *cuts), (1.0, vocab_size // 2, 0.9, 1e-9), strict=True):
+        column[0] = value  # everything at once
+    seeds, indexes = (torch.randint(-(2**62), 2**62, (num_rows,), generator=draw).to(device) for _ in range(2))
+    return logits.to(device, torch.bfloat16), (temperatures, cuts, seeds, indexes)
+
+
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(64, 37), (32, 1500), (1, 151_936)])
+def test_every_row_gets_the_very_token_of_the_specification(
+    num_rows: int, vocab_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU by the compiled kernel too: a seed says one token, wherever it is drawn, by however many programs."""
+    monkeypatch.setattr(sampling, "_TILE", 8192 if vocab_size > 100_000 else 512)
+    monkeypatch.setattr(sampling, "_PROGRAMS", 5 * num_rows)
+    logits, rows = random_rows(num_rows, vocab_size, device)
+    tokens = choose_tokens(RowLogits.plain(logits), *rows)
+    assert torch.equal(tokens, choose_tokens_twin(logits.float(), *rows))
+    temperatures, cuts, seeds, indexes = rows
+    columns = ChoiceRows(*(one.cpu().numpy() for one in (temperatures, *cuts, seeds, indexes)))
+    assert tokens.tolist() == TokenChoice()(logits.float().cpu(), columns)
+    uncut = Cuts(torch.zeros_like(cuts.top_k), torch.ones_like(cuts.top_p), cuts.min_p)
+    plain = choose_tokens(RowLogits.plain(logits), temperatures, uncut, seeds, indexes, searches=False)
+    assert torch.equal(plain, choose_tokens_twin(logits.float(), temperatures, uncut, seeds, indexes))
+    assert torch.equal(tokens, choose_tokens_twin(logits.float(), *rows)), "and nothing was written"
+
+
+def test_edited_rows_and_masks_take_the_place_of_raw_logits(device: torch.device) -> None:
+    num_rows, vocab_size = 24, 300
+    raw, rows = random_rows(num_rows, vocab_size, device)
+    draw = torch.Generator().manual_seed(1)
+    places = torch.tensor([-1, 2, -1, 0, 1, -1], dtype=torch.int32).repeat(4).to(device)
+    edited = torch.randn(3, vocab_size, generator=draw).to(device)
+    mask_rows = torch.tensor([0, -1, 1, 2, -1, -1, 3, 4], dtype=torch.int32).repeat(3).to(device)
+    masks = torch.randint(-(2**31), 2**31 - 1, (5, 10), generator=draw, dtype=torch.int32).to(device)
+    masks[3] = 0  # nothing is allowed
+    logits = RowLogits(raw, places, edited, mask_rows, masks)
+    chosen = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    assert choose_tokens(logits, *rows, chosen=chosen) is chosen
+    assert torch.equal(chosen, choose_tokens_twin(row_logits_twin(logits), *rows))
+    assert chosen[6::8].tolist() == [NO_CHOICE] * 3
+    words = masks[mask_rows.clamp(min=0).long(), chosen.clamp(min=0) // 32]
+    allowed = (words >> (chosen.clamp(min=0) % 32).int()) & 1
+    assert bool((allowed[(mask_rows >= 0) & (chosen >= 0)] == 1).all())
 
 
 @settings(max_examples=15, deadline=None)
@@ -113,7 +180,7 @@ def test_draws_follow_the_distribution(device: torch.device) -> None:
     logits = probabilities.log().expand(draws, 4).contiguous()
     ones, zeros = torch.ones(draws, device=device), torch.zeros(draws, device=device)
     indexes = torch.arange(draws, device=device)
-    tokens = choose_tokens(logits, ones, Cuts(zeros.long(), ones, zeros), zeros.long(), indexes)
+    tokens = choose_tokens(RowLogits.plain(logits), ones, Cuts(zeros.long(), ones, zeros), zeros.long(), indexes)
     assert torch.equal(tokens, choose_tokens_twin(logits, ones, Cuts(zeros.long(), ones, zeros), zeros.long(), indexes))
     shares = tokens.bincount(minlength=4) / draws
     assert_close("shares", shares, probabilities, roundings=0.13 * 2**23)  # three standard deviations
@@ -130,7 +197,8 @@ def test_edits_equal_their_twin_and_the_edits_of_a_row(device: torch.device) -> 
     ]
     output = [5, 5, 3, 1024, 5]
     logits = torch.randn(4, vocab_size, device=device) * 4
-    by_row, by_twin = logits.clone(), logits.clone()
+    by_row = logits.clone()
+    by_kernel, by_twin = (torch.full((4, vocab_size), 7.0, device=device) for _ in range(2))
     counts = torch.zeros(2 + len(params), vocab_size, dtype=torch.int32, device=device)
     count_rows: list[int] = []
     starts: list[int] = [0]
@@ -148,6 +216,7 @@ def test_edits_equal_their_twin_and_the_edits_of_a_row(device: torch.device) -> 
         for token in output:
             counts[2 + row, token] += 2
         counts[2 + row, prompt] |= 1
+    counts_before = counts.clone()
     bias = Bias(
         torch.tensor(starts, dtype=torch.int32, device=device),
         torch.tensor(ids, dtype=torch.int32, device=device),
@@ -160,25 +229,38 @@ def test_edits_equal_their_twin_and_the_edits_of_a_row(device: torch.device) -> 
         torch.tensor([one.presence_penalty for one in params], dtype=torch.float64, device=device),
         torch.tensor([one.frequency_penalty for one in params], dtype=torch.float64, device=device),
     )
-    edit_logits_twin(by_twin, bias, penalties)
-    untouched = logits[0].clone()
-    edit_logits(logits, bias, penalties)
-    assert torch.equal(logits[0], untouched)
-    assert logits[3, 9] == -torch.inf
-    finite = torch.isfinite(logits)
-    assert torch.equal(finite, torch.isfinite(by_row))
-    assert_close("edits", logits[finite], by_twin[finite], roundings=0)
-    assert_close("edits of a row", logits[finite], by_row[finite], roundings=1)
-    for only in ((bias, None), (None, penalties), (None, None)):
-        once, again = torch.ones(4, vocab_size, device=device), torch.ones(4, vocab_size, device=device)
-        edit_logits(once, *only)
-        edit_logits_twin(again, *only)
-        assert torch.equal(once, again)
+    places = torch.tensor([-1, 3, 0, 2], dtype=torch.int32, device=device)
+    raw = logits.clone()
+    ours, twins = (RowLogits.plain(raw)._replace(edited_rows=places, edited=one) for one in (by_kernel, by_twin))
+    edit_logits(ours, bias, penalties)
+    edit_logits_twin(twins, bias, penalties)
+    assert torch.equal(raw, logits)
+    assert torch.equal(by_kernel, by_twin)
+    assert bool((by_kernel[1] == 7).all()), "a place that no row has"
+    edited = by_kernel[places[1:].long()]
+    assert edited[2, 9] == -torch.inf
+    finite = torch.isfinite(edited)
+    assert torch.equal(finite, torch.isfinite(by_row[1:]))
+    assert_close("edits of a row", edited[finite], by_row[1:][finite], roundings=1)
+    chosen = torch.tensor([4, 5, -1, 5], device=device)
+    after = penalties.counts.clone()
+    note_chosen(penalties, chosen)
+    note_chosen_twin(penalties._replace(counts=after), chosen)
+    assert torch.equal(penalties.counts, after)
+    assert int((after - counts_before).sum()) == 4, "the first row has no counts, and the third chose nothing"
 
 
 def test_other_logits_are_refused(device: torch.device) -> None:
-    half = torch.zeros(1, 4, dtype=torch.bfloat16, device=device)
-    with pytest.raises(ValueError, match="cannot edit"):
-        edit_logits(half, None, None)
+    plain = RowLogits.plain(torch.zeros(2, 40, device=device))
+    one = make_sequence([0, 1], SamplingParams(), prompt_len=1)
     with pytest.raises(ValueError, match="cannot choose"):
-        choose(half, [make_sequence([0, 1], SamplingParams(), prompt_len=1)])
+        choose(torch.zeros(1, 4, dtype=torch.int32, device=device), [one])
+    for wrong in (
+        plain._replace(raw=plain.raw.T),
+        plain._replace(edited=torch.zeros(1, 41, device=device)),
+        plain._replace(edited=plain.edited.bfloat16()),
+        plain._replace(masks=plain.masks[:, :1]),
+        plain._replace(mask_rows=plain.mask_rows[:1]),
+    ):
+        with pytest.raises(ValueError, match="cannot choose"):
+            wrong.check()
