@@ -40,7 +40,7 @@ from fleet.types import Passport, PeerRef, SamplingParams
 PAGE_SIZE = 16
 CHUNK = 512  # the default of a prefill worker
 NOBODY = PeerRef(name="bench", incarnation=1, address="tcp://127.0.0.1:1")
-PARTS = ("rms_norm", "gated_silu", "write_pages", "attention")
+PARTS = ("rms_norm", "gated_silu", "rotate_and_write", "attention")
 
 
 class Split:

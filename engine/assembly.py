@@ -100,6 +100,7 @@ class OpenModel:
             "head_dim": config.head_dim,
             "page_size": self.plan.page_size,
             "dtype": self.model.kv_dtype_name,
+            "axis_order": self.model.transformer.backend.page_order(config, self.plan.page_size, self.model.kv_dtype),
         }
 
     def record(

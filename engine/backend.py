@@ -20,6 +20,7 @@ from engine.attention_inputs import AttentionInputs, InputShape, TableRow, gathe
 from engine.exactness import is_exact, padded
 from engine.fp8 import E4M3, Fp8Matrix, to_e4m3
 from engine.inputs import StepInputs
+from engine.kv_pool import PAGE_MAJOR
 from engine.model_config import ModelConfig
 from engine.rope import rotate
 
@@ -45,6 +46,9 @@ class Backend(Protocol):
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Compile what steps of this model will need. Called once, before the worker is ready."""
+
+    def page_order(self, config: ModelConfig, page_size: int, dtype: torch.dtype) -> str:
+        """How axes lie in pages of this model, of which every tensor `layer` below is a part; see `engine.kv_pool`."""
 
     def begin_layer(self) -> None:
         """A layer is about to be computed; the place to look whether there are more or fewer cores than before."""
@@ -114,6 +118,11 @@ class TorchBackend:
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Nothing is compiled."""
+
+    def page_order(self, config: ModelConfig, page_size: int, dtype: torch.dtype) -> str:
+        """As their shape says."""
+        del config, page_size, dtype
+        return PAGE_MAJOR
 
     def begin_layer(self) -> None:
         """Cores stay as they are."""

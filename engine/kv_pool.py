@@ -1,7 +1,9 @@
 """The tensor of all pages: its shape, its size, and how it is laid over memory that somebody else owns.
 
-Layout `page-major-1`: `[num_pages, layers, 2, kv_heads, page_size, head_dim]`, keys before values. One page is one
-contiguous run of bytes, and so is one head of one layer in it.
+One page is one contiguous run of bytes, and so is one head of one layer in it. Order of axes `page-major-1`:
+`[num_pages, layers, 2, kv_heads, page_size, head_dim]`, keys before values. In `page-major-pairs-1` a head's keys are
+`[head_dim / 2, page_size, 2]` and its values `[page_size / 2, head_dim, 2]`, for processors that multiply pairs of
+numbers. The tensor has the first shape either way; the backend, which chooses the order, knows what is where.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import torch
 
 from engine.model_config import ModelConfig
 
-LAYOUT = "page-major-1"
+PAGE_MAJOR = "page-major-1"
+PAGE_MAJOR_PAIRS = "page-major-pairs-1"
 
 
 def page_shape(config: ModelConfig, page_size: int) -> tuple[int, int, int, int, int]:

@@ -12,6 +12,9 @@ from kvtransfer.errors import LayoutMismatch
 PAGE_MAJOR: Final = "page-major-1"
 """Axis order `[num_pages, layers, 2, kv_heads, page_size, head_dim]`, row-major; 2 is keys, then values."""
 
+PAGE_MAJOR_PAIRS: Final = "page-major-pairs-1"
+"""The same with a head's keys as `[head_dim / 2, page_size, 2]` and its values as `[page_size / 2, head_dim, 2]`."""
+
 PROTOCOL_VERSION: Final = 1
 """Version of the hand-off protocol; workers of different versions exchange no pages."""
 
@@ -25,7 +28,7 @@ class PageLayout:
 
     Attributes:
         dtype: a key of `DTYPE_BYTES`; anything else raises ValueError, as does a size below 1.
-        axis_order: name of the order of axes.
+        axis_order: `PAGE_MAJOR` or `PAGE_MAJOR_PAIRS`; anything else raises ValueError.
     """
 
     num_layers: int
@@ -38,6 +41,8 @@ class PageLayout:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"page dtype {self.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+        if self.axis_order not in (PAGE_MAJOR, PAGE_MAJOR_PAIRS):
+            raise ValueError(f"order of axes {self.axis_order!r} is none of {PAGE_MAJOR}, {PAGE_MAJOR_PAIRS}")
         if min(self.num_layers, self.num_kv_heads, self.head_dim, self.page_size) < 1:
             raise ValueError(f"a page needs at least one layer, head, dimension and token: {self}")
 

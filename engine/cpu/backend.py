@@ -1,4 +1,4 @@
-"""The CPU backend: packed products, compiled norms and rotation, attention over pages without copies.
+"""The CPU backend: packed products, compiled norms and rotation, attention straight from pages of pairs.
 
 For bfloat16, the dtype in which CPUs with instructions for it compute fast; float32 stays with `TorchBackend`, whose
 results are exact to the last bit that its tests compare.
@@ -6,23 +6,27 @@ results are exact to the last bit that its tests compare.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from typing import cast
 
 import numpy as np
 import torch
 
 from engine.attention import attend
-from engine.attention_inputs import AttentionInputs, DecodeRows
+from engine.attention_inputs import InputShape, TableRow
 from engine.backend import HeadNorms
-from engine.cpu.prefill_attention import ChunkAttention
+from engine.cpu.attention_runs import PagedRows
 from engine.cpu.shared_cores import SharedCores
 from engine.errors import NoKernels
 from engine.inputs import StepInputs
+from engine.kv_pool import PAGE_MAJOR, PAGE_MAJOR_PAIRS
 from engine.model_config import ModelConfig
 from engine.packed_backend import PackedBackend
 from fleet.logs import get_logger
 
 _log = get_logger("cpu_backend")
+
+_LANES = 16  # of slots and of dimensions in one vector of the kernels
 
 
 class CpuBackend(PackedBackend):
@@ -31,12 +35,20 @@ class CpuBackend(PackedBackend):
     def __init__(self, cores: SharedCores | None = None) -> None:
         self._cores = cores
         self._rows = _row_kernels()
-        self._chunks = ChunkAttention(None if self._rows is None else self._rows.softmax)
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Compile, or load from the cache, all kernels of the model, so that no request waits for one."""
         if self._rows is not None:
-            self._rows.compile(config, page_size)
+            self._rows.compile(config)
+            if self._pairs(torch.bfloat16, page_size, config.head_dim):
+                self._rows.compile_pairs(config, page_size)
+
+    def page_order(self, config: ModelConfig, page_size: int, dtype: torch.dtype) -> str:
+        """Pairs side by side, where attention is compiled for such pages; else torch attends, and writes them."""
+        return PAGE_MAJOR_PAIRS if self._pairs(dtype, page_size, config.head_dim) else PAGE_MAJOR
+
+    def _pairs(self, dtype: torch.dtype, page_size: int, head_dim: int) -> bool:
+        return self._rows is not None and dtype is torch.bfloat16 and not (page_size % _LANES or head_dim % _LANES)
 
     def begin_layer(self) -> None:
         """Take our present share of cores that are shared."""
@@ -66,55 +78,52 @@ class CpuBackend(PackedBackend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """In one pass, in place."""
         wide, angles = cast("tuple[tuple[torch.Tensor, torch.Tensor], ...]", rotation)
-        if self._rows is None or layer.dtype is not torch.bfloat16:
+        num_kv_heads, page_size, head_dim = layer.shape[2:]
+        if self._rows is None or not self._pairs(layer.dtype, page_size, head_dim):
             return super().rotate_and_write(qkv, norms, angles, layer, inputs)
-        num_tokens, num_kv_heads, head_dim = qkv.shape[0], layer.shape[2], layer.shape[4]
         self._rows.rotate_and_write(qkv, norms, wide, layer, inputs)
-        kv_size = 2 * num_kv_heads * head_dim
-        queries = qkv[:, :-kv_size].view(num_tokens, -1, head_dim)
-        return queries, qkv[:, -kv_size:].view(num_tokens, 2, num_kv_heads, head_dim)
+        return qkv[:, : -2 * num_kv_heads * head_dim].view(qkv.shape[0], -1, head_dim), None
+
+    def plan_attention(self, rows: Many[TableRow], window: int | None, shape: InputShape) -> object:
+        """Runs for the kernel."""
+        return PagedRows(rows, window, shape)
 
     def attention(
         self, queries: torch.Tensor, keys_values: torch.Tensor | None, layer: torch.Tensor, inputs: object
     ) -> torch.Tensor:
-        """Single tokens by the compiled kernel, chunks by products."""
-        assert isinstance(inputs, AttentionInputs)  # noqa: S101 - made by `plan_attention` of this very backend
-        assert keys_values is not None  # noqa: S101 - likewise by `rotate_and_write`
-        if (
-            queries.dtype is not torch.bfloat16
-            or layer.dtype is not torch.bfloat16
-            or (inputs.decode is not None and self._rows is None)
-        ):
-            return attend(queries, keys_values, layer, inputs)
-        num_tokens, num_heads, head_dim = queries.shape
-        output = torch.empty(num_tokens, num_heads * head_dim, dtype=queries.dtype)
-        if inputs.decode is not None and self._rows is not None:
-            self._rows.attend(queries, layer, inputs.decode, output)
-        for chunk in inputs.chunks:
-            span = slice(chunk.begin, chunk.end)
-            self._chunks.attend(queries[span], keys_values[span], layer, chunk, output[span])
-        return output
+        """From pages of pairs by the compiled kernel, this step's tokens included."""
+        assert isinstance(inputs, PagedRows)  # noqa: S101 - made by `plan_attention` of this very backend
+        if keys_values is None:
+            assert self._rows is not None  # noqa: S101 - it has written the pages
+            return self._rows.attention.attend(queries, layer, inputs)
+        return attend(queries, keys_values, layer, inputs.gathered)
 
 
 class RowKernels:
-    """Launches the compiled kernels on torch's own threads. Raises NoKernels where they cannot be had."""
+    """Launches the compiled kernels on torch's own threads. Raises NoKernels where they cannot be had.
+
+    Attributes:
+        attention: over pages of pairs.
+    """
 
     def __init__(self) -> None:
-        from engine.cpu.decode_attention import decode_attention
         from engine.cpu.jit import Team
-        from engine.cpu.row_kernels import gated_silu_rows, rms_norm_rows, rotate_rows, softmax_rows
+        from engine.cpu.paged_attention import PagedAttention
+        from engine.cpu.row_kernels import gated_silu_rows, rms_norm_rows, rotate_rows
 
-        self._attention, self._rms_norm, self._rotate = decode_attention, rms_norm_rows, rotate_rows
-        self._gated_silu, self._softmax = gated_silu_rows, softmax_rows
+        self._rms_norm, self._rotate, self._gated_silu = rms_norm_rows, rotate_rows, gated_silu_rows
         self._team = Team()
+        self.attention = PagedAttention(self._team)
 
-    def compile(self, config: ModelConfig, page_size: int) -> None:
-        """Have the kernels for this model ready."""
-        self._attention(config.num_heads // config.num_kv_heads, config.head_dim, page_size)
+    def compile(self, config: ModelConfig) -> None:
+        """Have the kernels ready that this model needs with any pages."""
         self._rms_norm(config.hidden_size, config.rms_norm_eps)
-        self._rotate(config.head_dim, page_size, config.rms_norm_eps if config.qk_norm else None)
         self._gated_silu(config.intermediate_size)
-        self._softmax()
+
+    def compile_pairs(self, config: ModelConfig, page_size: int) -> None:
+        """Those that write and read pages of pairs."""
+        self.attention.compile(config.num_heads // config.num_kv_heads, config.head_dim, page_size)
+        self._rotate(config.head_dim, page_size, config.rms_norm_eps if config.qk_norm else None)
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """The norm of `[T, S]` bf16 with adjacent numbers, new memory."""
@@ -140,7 +149,7 @@ class RowKernels:
         layer: torch.Tensor,
         inputs: StepInputs,
     ) -> None:
-        """See `Backend.rotate_and_write`. Mutates: `qkv`, whose numbers of a token are adjacent, and `layer`."""
+        """See `Backend.rotate_and_write`, into pages of pairs. Mutates: `qkv`, its tokens contiguous, and `layer`."""
         num_tokens, width = qkv.shape
         num_kv_heads, page_size, head_dim = layer.shape[2:]
         norm_addresses = (0, 0) if norms is None else (norms.queries.data_ptr(), norms.keys.data_ptr())
@@ -160,46 +169,6 @@ class RowKernels:
         )
         kernel = self._rotate(head_dim, page_size, None if norms is None else norms.eps)
         self._team.run(kernel.address, np.array(words, dtype=np.int64), qkv.numel())
-
-    def softmax(self, scores: torch.Tensor, factors: torch.Tensor, first_slot: int, window: int) -> None:
-        """See `engine.cpu.prefill_attention.Softmax`; contiguous tensors."""
-        num_queries, num_slots = scores.shape[1:]
-        words = (scores.data_ptr(), factors.data_ptr(), factors.numel(), num_slots, num_queries, first_slot, window)
-        self._team.run(self._softmax().address, np.array(words, dtype=np.int64))
-
-    def attend(self, queries: torch.Tensor, layer: torch.Tensor, rows: DecodeRows, output: torch.Tensor) -> None:
-        """Attention of single tokens.
-
-        Args:
-            queries: [T, Hq, D] bf16, each token's heads end to end.
-            layer: [N, 2, Hkv, P, D] bf16, one layer of the pool; a page's share of a layer is one run.
-            rows: B of the T tokens.
-            output: [T, Hq * D] bf16, contiguous; written for those tokens.
-        """
-        num_kv_heads, page_size, head_dim = layer.shape[2:]
-        if queries.stride(1) != head_dim or queries.stride(2) != 1:
-            queries = queries.contiguous()
-        kernel = self._attention(queries.shape[1] // num_kv_heads, head_dim, page_size)
-        self._team.run(
-            kernel.address,
-            np.array(
-                (
-                    queries.data_ptr(),
-                    rows.pages.ctypes.data,
-                    rows.starts.ctypes.data,
-                    rows.firsts.ctypes.data,
-                    rows.ends.ctypes.data,
-                    rows.tokens.ctypes.data,
-                    output.data_ptr(),
-                    layer.data_ptr(),
-                    len(rows.tokens),
-                    num_kv_heads,
-                    layer.stride(0),
-                    queries.stride(0),
-                ),
-                dtype=np.int64,
-            ),
-        )
 
 
 def _row_kernels() -> RowKernels | None:

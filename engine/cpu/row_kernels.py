@@ -1,4 +1,4 @@
-"""Row by row: the root-mean-square norm; norm, rotation and page write in one; activation; softmax.
+"""Row by row: the root-mean-square norm; norm, rotation and page write in one; activation.
 
 In plain torch these are a dozen passes over the step's tokens, each with a launch of its own. Here everything is
 computed in float32 between one reading and one writing. Threads share out the tokens.
@@ -16,7 +16,7 @@ import numpy as np
 from numba import carray
 
 from engine.cpu.jit import kernel, narrow, num_threads, pointer, thread_num, widen
-from engine.cpu.vectors import gate, top_of, weigh_bf16
+from engine.cpu.vectors import gate
 
 WIDE = 64
 """Numbers at a time."""
@@ -54,9 +54,9 @@ def rotate_rows(head_dim: int, page_size: int, eps: float | None) -> Any:
     Words: addresses of qkv `[T, (Hq + 2 * Hkv) * D]` bf16, of cosines and sines `[T, R]` float32, of the norms' weights
     `[D]` bf16 (queries', then keys'), of page ids and offsets `[T]` int64 and of the layer's first page; T; Hq; Hkv;
     numbers from token to token of qkv; numbers from page to page. Queries and keys turn in place; keys and values are
-    also written to their slots.
+    also written to their slots, in pages of order `page-major-pairs-1`.
     """
-    half = head_dim // 2
+    half, head_bytes = head_dim // 2, 2 * page_size * head_dim
     normed, epsilon = eps is not None, np.float32(eps or 0.0)
 
     def run(words: Any) -> None:
@@ -68,7 +68,7 @@ def rotate_rows(head_dim: int, page_size: int, eps: float | None) -> Any:
         for token in range(num_tokens * member // members, num_tokens * (member + 1) // members):
             cosines = carray(pointer(words[1] + 4 * token * half), half, np.float32)
             sines = carray(pointer(words[2] + 4 * token * half), half, np.float32)
-            page = words[7] + 2 * (page_ids[token] * page_stride + offsets[token] * head_dim)
+            page, offset = words[7] + 2 * page_ids[token] * page_stride, offsets[token]
             for head in range(num_heads + num_kv_heads):
                 place = words[0] + 2 * (token * stride + head * head_dim)
                 vector = carray(pointer(place), head_dim, np.uint16)
@@ -87,15 +87,18 @@ def rotate_rows(head_dim: int, page_size: int, eps: float | None) -> Any:
                     vector[d] = narrow(first * cosines[d] - second * sines[d])
                     vector[half + d] = narrow(second * cosines[d] + first * sines[d])
                 if head >= num_heads:
-                    slot = carray(pointer(page + 2 * (head - num_heads) * page_size * head_dim), head_dim, np.uint16)
-                    for d in range(head_dim):
-                        slot[d] = vector[d]
+                    pairs = carray(pointer(place), half, np.uint32)
+                    keys = carray(pointer(page + (head - num_heads) * head_bytes), (half, page_size), np.uint32)
+                    for pair in range(half):
+                        keys[pair, offset] = pairs[pair]
             for head in range(num_kv_heads):
                 place = words[0] + 2 * (token * stride + (num_heads + num_kv_heads + head) * head_dim)
                 vector = carray(pointer(place), head_dim, np.uint16)
-                slot = carray(pointer(page + 2 * (num_kv_heads + head) * page_size * head_dim), head_dim, np.uint16)
+                values = carray(
+                    pointer(page + (num_kv_heads + head) * head_bytes), (page_size // 2, head_dim, 2), np.uint16
+                )
                 for d in range(head_dim):
-                    slot[d] = vector[d]
+                    values[offset // 2, d, offset % 2] = vector[d]
 
     return kernel(run)
 
@@ -114,43 +117,5 @@ def gated_silu_rows(size: int) -> Any:
             source, target = words[0] + 4 * row * size, words[1] + 2 * row * size
             for at in range(0, size, run_size):
                 gate(source + 2 * at, source + 2 * (size + at), target + 2 * at, run_size)
-
-    return kernel(run)
-
-
-@functools.cache
-def softmax_rows() -> Any:
-    """The kernel that turns scores into weights, in place, and says what to multiply their products by.
-
-    Words: addresses of scores `[H, R, S]` bf16 (H matrices of R queries and S slots) and of factors `[H, R]` float32,
-    the inverse sums of the weights, which are not divided; H * R; S; R; slot of the first query; window, 0 for none.
-    Query i sees the slots up to its own, at most `window` of them; the weights of others become 0.
-    """
-
-    def run(words: Any) -> None:
-        num_rows, num_slots, num_queries, first_slot, window = words[2], words[3], words[4], words[5], words[6]
-        factors = carray(pointer(words[1]), num_rows, np.float32)
-        members, member = num_threads(), thread_num()
-        for row in range(num_rows * member // members, num_rows * (member + 1) // members):
-            place = words[0] + 2 * row * num_slots
-            scores = carray(pointer(place), num_slots, np.uint16)
-            end = first_slot + row % num_queries + 1
-            begin = max(0, end - window) if window else 0
-            whole = begin + (end - begin) // WIDE * WIDE
-            top = np.float32(-np.inf)
-            for at in range(begin, whole, WIDE):
-                top = max(top, top_of(place + 2 * at, WIDE))
-            for at in range(whole, end):
-                top = max(top, widen(scores[at]))
-            total = np.float32(0)
-            for at in range(begin, whole, WIDE):
-                total += weigh_bf16(place + 2 * at, top, WIDE)
-            for at in range(whole, end):
-                weight = np.float32(math.exp(widen(scores[at]) - top))
-                scores[at] = narrow(weight)
-                total += weight
-            scores[:begin] = 0
-            scores[end:] = 0
-            factors[row] = np.float32(1) / total
 
     return kernel(run)

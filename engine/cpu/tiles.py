@@ -20,6 +20,7 @@ from llvmlite import ir
 LANES = 16
 PAIR_BYTES = 4
 VECTOR_BYTES = LANES * PAIR_BYTES
+_NEAR = 2  # of LLVM's localities: into the second cache
 
 _ADDRESS, _WORD, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 WORDS = ir.VectorType(_WORD, LANES)
@@ -73,6 +74,7 @@ def tile(
     num_pairs: Any,
     start: Sequence[Sequence[Any]] | None = None,
     *,
+    ahead: Sequence[Any] = (),
     native: bool,
 ) -> list[list[Any]]:
     """Emit the loop over `num_pairs` pairs; returns the sums `[row][vector]`, of type `SUMS`.
@@ -86,6 +88,7 @@ def tile(
         step: bytes from a pair's vector to the next pair's, an int64 value.
         num_pairs: at least 1, an int64 value.
         start: what the sums begin with, 0 where None.
+        ahead: addresses of what will be read after this; asked for meanwhile, 64 bytes and a `step` on with each pair.
         native: see `has_pair_products`.
     """
     zero = ir.Constant(SUMS, [0.0] * LANES)
@@ -101,10 +104,12 @@ def tile(
             entry.add_incoming(zero if start is None else start[r][c], before)
     row_offset = builder.mul(pair, ir.Constant(_ADDRESS, PAIR_BYTES))
     column_offset = builder.mul(pair, step)
-    vectors = [_load(builder, builder.add(base, column_offset), WORDS) for base in columns]
+    vectors = [load(builder, builder.add(base, column_offset), WORDS) for base in columns]
+    for base in ahead:
+        _fetch(builder, builder.add(base, column_offset))
     results = []
     for base, own in zip(rows, sums, strict=True):
-        shared = _splat(builder, _load(builder, builder.add(base, row_offset), _WORD))
+        shared = splat(builder, load(builder, builder.add(base, row_offset), _WORD))
         results.append(
             [add_products(builder, s, shared, vector, native=native) for s, vector in zip(own, vectors, strict=True)]
         )
@@ -118,11 +123,28 @@ def tile(
     return results
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
+def load(builder: Any, address: Any, kind: Any) -> Any:
+    """What lies at an address."""
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
 
 
-def _splat(builder: Any, value: Any) -> Any:
+def store(builder: Any, value: Any, address: Any) -> None:
+    """Put a value at an address."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def splat(builder: Any, value: Any) -> Any:
+    """A 32-bit word in all lanes."""
     undefined = ir.Constant(WORDS, ir.Undefined)
     single = builder.insert_element(undefined, value, ir.Constant(_WORD, 0))
     return builder.shuffle_vector(single, undefined, ir.Constant(WORDS, [0] * LANES))
+
+
+def _fetch(builder: Any, address: Any) -> None:
+    """Ask for a line of memory, which the processor's own prefetching may not reach: it stops at borders of 4 KiB."""
+    pointer = ir.IntType(8).as_pointer()
+    name = "llvm.prefetch.p0"
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD]), name)
+    builder.call(function, [builder.inttoptr(address, pointer), _WORD(0), _WORD(_NEAR), _WORD(1)])

@@ -16,8 +16,8 @@ from engine.cpu.jit import source_digest
 SCRIPT = """
 import engine.cpu.jit as jit
 jit.source_digest = lambda: {digest!r}
-from engine.cpu.row_kernels import softmax_rows
-print(softmax_rows().cache_hits)
+from engine.cpu.row_kernels import gated_silu_rows
+print(gated_silu_rows(64).cache_hits)
 """
 
 

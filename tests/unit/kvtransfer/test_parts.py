@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from fleet.hand_off_messages import Alive
 from fleet.types import PeerRef
 from kvtransfer.errors import LayoutMismatch
-from kvtransfer.layout import PageLayout, require_equal
+from kvtransfer.layout import PAGE_MAJOR_PAIRS, PageLayout, require_equal
 from kvtransfer.limits import HandOffLimits
 from kvtransfer.numbering import belongs_to, first_number
 from kvtransfer.pulse import Pulse
@@ -27,10 +28,10 @@ def test_page_bytes_count_keys_and_values_of_all_layers() -> None:
     assert LAYOUT.page_bytes == 28 * 2 * 8 * 16 * 128 * 2
 
 
-@pytest.mark.parametrize("change", [{"dtype": "int4"}, {"num_layers": 0}])
+@pytest.mark.parametrize("change", [{"dtype": "int4"}, {"num_layers": 0}, {"axis_order": "page-minor"}])
 def test_an_impossible_layout_is_refused(change: dict[str, object]) -> None:
     fields = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "page_size": 1, "dtype": "float32"} | change
-    with pytest.raises(ValueError, match="page"):
+    with pytest.raises(ValueError, match=r"page|order of axes"):
         PageLayout(**fields)  # type: ignore[arg-type]
 
 
@@ -43,6 +44,13 @@ def test_unequal_fingerprints_are_both_named_with_what_differs() -> None:
     assert "layouts differ in model (expected 'model-a', got 'model-b')" in str(caught.value)
     assert str(ours) in str(caught.value)
     assert str(theirs) in str(caught.value)
+
+
+def test_pages_of_pairs_and_plain_ones_are_not_exchanged() -> None:
+    pairs = dataclasses.replace(LAYOUT, axis_order=PAGE_MAJOR_PAIRS)
+    assert pairs.page_bytes == LAYOUT.page_bytes
+    with pytest.raises(LayoutMismatch, match=r"layout .expected 'page-major-1', got 'page-major-pairs-1'"):
+        require_equal(expected=LAYOUT.fingerprint("m"), got=pairs.fingerprint("m"))
 
 
 def test_numbers_of_two_lives_never_meet() -> None:
