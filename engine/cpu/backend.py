@@ -1,4 +1,4 @@
-"""The CPU backend: packed products, compiled norms and rotation, attention straight from pages of pairs.
+"""The CPU backend: products of packed matrices, compiled norms and rotation, attention straight from pages of pairs.
 
 For bfloat16, the dtype in which CPUs with instructions for it compute fast; float32 stays with `TorchBackend`, whose
 results are exact to the last bit that its tests compare.
@@ -7,14 +7,14 @@ results are exact to the last bit that its tests compare.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from engine.attention import attend
 from engine.attention_inputs import InputShape, TableRow
-from engine.backend import HeadNorms
+from engine.backend import HeadNorms, Linear
 from engine.cpu.attention_runs import PagedRows
 from engine.cpu.shared_cores import SharedCores
 from engine.errors import NoKernels
@@ -23,6 +23,9 @@ from engine.kv_pool import PAGE_MAJOR, PAGE_MAJOR_PAIRS
 from engine.model_config import ModelConfig
 from engine.packed_backend import PackedBackend
 from fleet.logs import get_logger
+
+if TYPE_CHECKING:
+    from engine.cpu.products import Products
 
 _log = get_logger("cpu_backend")
 
@@ -35,6 +38,13 @@ class CpuBackend(PackedBackend):
     def __init__(self, cores: SharedCores | None = None) -> None:
         self._cores = cores
         self._rows = _row_kernels()
+        self._products = None if self._rows is None else _products()
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """By our own kernel where it is the fastest, else packed for oneDNN."""
+        if self._products is None or weight.dtype is not torch.bfloat16:
+            return super().linear(weight, bias)
+        return self._products.linear(weight, bias)
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Compile, or load from the cache, all kernels of the model, so that no request waits for one."""
@@ -177,3 +187,11 @@ def _row_kernels() -> RowKernels | None:
     except (ImportError, OSError, NoKernels) as error:
         _log.warning("no compiled kernels on this machine, decoding is slower", reason=str(error))
         return None
+
+
+def _products() -> Products | None:
+    """Our own products: on processors with AVX512-BF16, unless they have AMX too, whose tiles oneDNN uses."""
+    from engine.cpu.products import Products
+    from engine.cpu.tiles import has_pair_products
+
+    return Products() if has_pair_products() and not torch.cpu.get_capabilities().get("amx_bf16") else None
