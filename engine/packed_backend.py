@@ -1,7 +1,8 @@
 """CPU matrices packed once for oneDNN, instead of being laid out anew for every product.
 
 For bfloat16 on a CPU the packed product gives the same bits as torch's own and reads weights about a third faster, up
-to some hundred tokens per step (`python bench/cpu_linear.py`); reading weights is what bounds decoding. Float32 stays
+to some hundred tokens per step (`python bench/cpu_linear.py`); reading weights is what bounds decoding. `CpuBackend`
+uses it where there are AMX or no AVX512-BF16 instructions; elsewhere `engine.cpu.products` is faster. Float32 stays
 as it is: there oneDNN sums in another order, and exactness is what float32 is for.
 """
 

@@ -1,4 +1,7 @@
-"""In float32 a token's logits are the same to the last bit, however its sequence was chunked and batched."""
+"""A token's logits are the same to the last bit, however its sequence was chunked and batched.
+
+In float32, and in bfloat16 where products and attention are kernels of our own.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +37,29 @@ def logits_in_chunks(driver: Driver, sequences: list[Sequence], draw: random.Ran
     return [torch.cat(own) for own in parts]
 
 
+OWN_KERNELS = torch.cpu.get_capabilities().get("avx512_bf16") and not torch.cpu.get_capabilities().get("amx_bf16")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not OWN_KERNELS, reason="oneDNN's products"))],
+)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("variant", ["qwen3", "llama3"])
-def test_chunks_and_company_change_no_bit(checkpoint: CheckpointOf, variant: str, threads: int) -> None:
+def test_chunks_and_company_change_no_bit(checkpoint: CheckpointOf, variant: str, threads: int, dtype: str) -> None:
     torch.set_num_threads(threads)
     try:
         draw = random.Random(variant)
         lengths = (1, 5, 130, 301)
+        page_size = 4 if dtype == "float32" else 16  # pages of pairs are multiples of 16
         prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
-        driver = Driver(checkpoint(variant), num_pages=512)
+        driver = Driver(checkpoint(variant), dtype=dtype, page_size=page_size, num_pages=512)
         whole = []
         for prompt in prompts:  # each alone and in one piece
             one = driver.admit(prompt)
             whole.append(driver.logits([Row(one, 0, len(prompt), sample=False)]))
         for _ in range(2):
-            again = Driver(checkpoint(variant), num_pages=512)
+            again = Driver(checkpoint(variant), dtype=dtype, page_size=page_size, num_pages=512)
             mixed = logits_in_chunks(again, [again.admit(prompt) for prompt in prompts], draw)
             for length, expected, actual in zip(lengths, whole, mixed, strict=True):
                 assert torch.equal(actual, expected), (length, float((actual - expected).abs().max()))
