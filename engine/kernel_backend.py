@@ -14,7 +14,8 @@ from engine.fp8 import Fp8Matrix
 from engine.inputs import StepInputs
 from engine.kernels.decode_plan import DecodePlan, plan_decode
 from engine.kernels.fp8 import quantise_rows, quantise_tiles
-from engine.kernels.fp8_product import TILE, fp8_tile_product
+from engine.kernels.fp8_product import FEW_ROWS, fp8_row_product, fp8_tile_product
+from engine.kernels.fp8_tiles import SCALED
 from engine.kernels.paged_decode_attention import paged_decode_attention
 from engine.kernels.paged_prefill_attention import PrefillPlan, paged_prefill_attention, plan_prefill
 from engine.kernels.rms_norm import rms_norm
@@ -67,26 +68,32 @@ class KernelBackend(TorchBackend):
             self._num_programs = _PROGRAMS_PER_PROCESSOR * properties.multi_processor_count
 
     def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear | None:
-        """Inputs are quantised per row, so that a token's result depends on no other; then cuBLAS, for tiles Triton."""
+        """Inputs are quantised per row, so that a token's result depends on no other.
+
+        The product is Triton's, but for many rows with scales per row and channel: that one is cuBLAS's.
+        """
         sizes_fit = not any(size % _FP8_MULTIPLE for size in matrix.values.shape)
-        if not self._fp8 or dtype is not torch.bfloat16 or not sizes_fit or matrix.tile not in (None, (TILE, TILE)):
+        if not self._fp8 or dtype is not torch.bfloat16 or not sizes_fit or matrix.tile not in (None, (SCALED, SCALED)):
             return None
         values, scales = matrix.values, matrix.scales
 
         def by_tile(hidden: torch.Tensor) -> torch.Tensor:
-            quantised, of_rows = quantise_tiles(hidden, tile_rows=1, tile_columns=TILE)
+            quantised, of_rows = quantise_tiles(hidden, tile_rows=1, tile_columns=SCALED)
             out = fp8_tile_product(quantised, of_rows, values, scales)
             return out if bias is None else out.add_(bias)
 
         def by_row(hidden: torch.Tensor) -> torch.Tensor:
             quantised, of_rows = quantise_rows(hidden, matrix.input_scale)
-            out = torch._scaled_mm(  # noqa: SLF001 - no public name
-                quantised,
-                values.t(),
-                scale_a=of_rows.unsqueeze(1),
-                scale_b=scales.unsqueeze(0),
-                out_dtype=torch.bfloat16,
-            )
+            if hidden.shape[0] <= FEW_ROWS:
+                out = fp8_row_product(quantised, of_rows, values, scales)
+            else:
+                out = torch._scaled_mm(  # noqa: SLF001 - no public name
+                    quantised,
+                    values.t(),
+                    scale_a=of_rows.unsqueeze(1),
+                    scale_b=scales.unsqueeze(0),
+                    out_dtype=torch.bfloat16,
+                )
             return out if bias is None else out.add_(bias)
 
         return by_row if matrix.tile is None else by_tile

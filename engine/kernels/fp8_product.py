@@ -1,7 +1,8 @@
-"""The product of FP8 inputs and FP8 weights with scales per tile, as DeepSeek-V3 (arXiv 2412.19437, 3.3) makes it.
+"""Products of FP8 inputs and FP8 weights: with scales per tile, and with scales per row and channel for few rows.
 
-Scales along K change every 128 columns, so each 128 columns' sum is scaled before it is added up, in float32. Products
-with scales that are the same for a whole row and a whole column are cuBLAS's. Letters in `engine.kernels`.
+Scales per tile are DeepSeek-V3's (arXiv 2412.19437, 3.3): they change every 128 columns of K, so each 128 columns' sum
+is scaled before it is added up, in float32. Without them those sums are still added up in float32, since the matrix
+units' own sums of FP8 products are shorter. Letters in `engine.kernels`.
 """
 # ruff: noqa: N803
 
@@ -10,11 +11,11 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from engine.kernels.jit import kernel, power_of_two, tiles
+from engine.kernels.fp8_tiles import SCALED, tiles_for
+from engine.kernels.jit import tiles, varying
 
-TILE = 128
-_SMALLEST_DOT = 16
-_FEW_ROWS = 16  # up to here reading weights bounds it, and many small programs read fastest
+FEW_ROWS = 64
+"""Up to here a product is bound by reading its weights, which many small programs read fastest."""
 
 
 def fp8_tile_product(
@@ -31,13 +32,40 @@ def fp8_tile_product(
     Returns:
         [M, N] bfloat16, new memory.
     """
-    (num_rows, width), (out, weight_width) = values.shape, weight.shape
-    across = tiles(width, TILE)
-    if (
-        weight_width != width
-        or value_scales.shape != (num_rows, across)
-        or weight_scales.shape != (tiles(out, TILE), across)
-    ):
+    across = tiles(values.shape[1], SCALED)
+    shapes = (values.shape[0], across), (tiles(weight.shape[0], SCALED), across)
+    return _launch(values, value_scales, weight, weight_scales, shapes, by_tile=True)
+
+
+def fp8_row_product(
+    values: torch.Tensor, value_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor
+) -> torch.Tensor:
+    """`values @ weight.T`. Graph-safe. Made for up to `FEW_ROWS` rows; right for any.
+
+    Args:
+        values: [M, K] e4m3 contiguous, as `fp8.quantise_rows` makes them.
+        value_scales: [M] float32.
+        weight: [N, K] e4m3 contiguous.
+        weight_scales: [N] float32.
+
+    Returns:
+        [M, N] bfloat16, new memory.
+    """
+    shapes = (values.shape[0],), (weight.shape[0],)
+    return _launch(values, value_scales, weight, weight_scales, shapes, by_tile=False)
+
+
+def _launch(
+    values: torch.Tensor,
+    value_scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    *,
+    by_tile: bool,
+) -> torch.Tensor:
+    (num_rows, width), out = values.shape, weight.shape[0]
+    if weight.shape[1] != width or (tuple(value_scales.shape), tuple(weight_scales.shape)) != shapes:
         raise ValueError(
             f"{list(values.shape)} with scales {list(value_scales.shape)}, "
             f"weights {list(weight.shape)} with scales {list(weight_scales.shape)}"
@@ -47,10 +75,8 @@ def fp8_tile_product(
     output = torch.empty((num_rows, out), dtype=torch.bfloat16, device=values.device)
     if num_rows == 0:
         return output
-    few = num_rows <= _FEW_ROWS
-    row_tile = _SMALLEST_DOT if few else min(TILE, power_of_two(num_rows))
-    out_tile = 32 if few else TILE
-    _product[(tiles(num_rows, row_tile), tiles(out, out_tile))](
+    chosen = tiles_for(num_rows, width, out)
+    _product[(tiles(num_rows, chosen.rows), tiles(out, chosen.outs))](
         values,
         value_scales,
         weight,
@@ -59,11 +85,12 @@ def fp8_tile_product(
         num_rows,
         OUT=out,
         WIDTH=width,
-        ROW_TILE=row_tile,
-        OUT_TILE=out_tile,
-        SCALED=TILE,
-        num_warps=4 if few else 8,
-        num_stages=4 if few else 3,
+        ROW_TILE=chosen.rows,
+        OUT_TILE=chosen.outs,
+        SCALED=SCALED,
+        BY_TILE=by_tile,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
     )
     return output
 
@@ -73,12 +100,20 @@ def fp8_tile_product_twin(
 ) -> torch.Tensor:
     """Specification of `fp8_tile_product`: both sides dequantised."""
     width, out = values.shape[1], weight.shape[0]
-    left = values.to(torch.float32) * value_scales.repeat_interleave(TILE, dim=1)[:, :width]
-    spread = weight_scales.repeat_interleave(TILE, dim=0)[:out].repeat_interleave(TILE, dim=1)[:, :width]
+    left = values.to(torch.float32) * value_scales.repeat_interleave(SCALED, dim=1)[:, :width]
+    spread = weight_scales.repeat_interleave(SCALED, dim=0)[:out].repeat_interleave(SCALED, dim=1)[:, :width]
     return (left @ (weight.to(torch.float32) * spread).T).to(torch.bfloat16)
 
 
-@kernel
+def fp8_row_product_twin(
+    values: torch.Tensor, value_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor
+) -> torch.Tensor:
+    """Specification of `fp8_row_product`: both sides dequantised."""
+    left, right = values.to(torch.float32) * value_scales[:, None], weight.to(torch.float32) * weight_scales[:, None]
+    return (left @ right.T).to(torch.bfloat16)
+
+
+@varying("num_rows")
 def _product(
     values: tl.tensor,
     value_scales: tl.tensor,
@@ -91,8 +126,9 @@ def _product(
     ROW_TILE: tl.constexpr,
     OUT_TILE: tl.constexpr,
     SCALED: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ) -> None:
-    """One program: ROW_TILE x OUT_TILE of the output; OUT_TILE divides SCALED, so its columns share their scales."""
+    """One program: ROW_TILE x OUT_TILE of the output; OUT_TILE divides SCALED, so its columns share a tile's scales."""
     across: tl.constexpr = (WIDTH + SCALED - 1) // SCALED
     rows = (tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)).to(tl.int64)
     outs = (tl.program_id(1) * OUT_TILE + tl.arange(0, OUT_TILE)).to(tl.int64)
@@ -108,7 +144,13 @@ def _product(
         right = tl.load(
             weight + outs[None, :] * WIDTH + columns[:, None], mask=is_out[None, :] & inside[:, None], other=0.0
         )
-        scale = tl.load(value_scales + rows * across + at, mask=is_row, other=0.0) * tl.load(of_weight + at)
-        total += tl.dot(left, right) * scale[:, None]
+        partial = tl.dot(left, right)
+        if BY_TILE:
+            scale = tl.load(value_scales + rows * across + at, mask=is_row, other=0.0) * tl.load(of_weight + at)
+            partial *= scale[:, None]
+        total += partial
+    if not BY_TILE:
+        of_rows = tl.load(value_scales + rows, mask=is_row, other=0.0)
+        total *= of_rows[:, None] * tl.load(weight_scales + outs, mask=is_out, other=0.0)[None, :]
     target = output + rows[:, None] * OUT + outs[None, :]
     tl.store(target, total.to(output.dtype.element_ty), mask=is_row[:, None] & is_out[None, :])

@@ -26,9 +26,11 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from engine.candidates import Cuts
+from engine.kernels import fp8_product
 from engine.kernels.decode_plan import plan_decode
 from engine.kernels.fp8 import quantise_rows, quantise_tensor, quantise_tiles
-from engine.kernels.fp8_product import fp8_tile_product
+from engine.kernels.fp8_product import fp8_row_product, fp8_tile_product
+from engine.kernels.fp8_tiles import ALL_TILES
 from engine.kernels.paged_decode_attention import paged_decode_attention
 from engine.kernels.paged_prefill_attention import paged_prefill_attention, plan_prefill
 from engine.kernels.pages import gather_pages
@@ -126,10 +128,13 @@ def compile_all(capability: int) -> None:
         quantise_rows(hidden)
         quantise_tiles(hidden)
         quantise_rows(hidden, 0.1)
-        scales = torch.empty(32, 32)
-        for rows in (1, 256):
-            values, of_rows = quantise_tiles(torch.empty(rows, 4096, dtype=torch.bfloat16), tile_rows=1)
-            fp8_tile_product(values, of_rows, torch.empty(4096, 4096, dtype=torch.float8_e4m3fn), scales)
+        scales, of_channels = torch.empty(32, 32), torch.empty(4096)
+        weight = torch.empty(4096, 4096, dtype=torch.float8_e4m3fn)
+        for chosen in ALL_TILES:
+            fp8_product.tiles_for = lambda *_, chosen=chosen: chosen
+            values, of_rows = quantise_tiles(torch.empty(256, 4096, dtype=torch.bfloat16), tile_rows=1)
+            fp8_tile_product(values, of_rows, weight, scales)
+            fp8_row_product(values, of_rows[:, 0].contiguous(), weight, of_channels)
         compile_over_pages(pool.to(torch.float8_e4m3fn)[:, 1], head_norm)
 
 

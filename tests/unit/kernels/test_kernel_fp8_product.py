@@ -15,8 +15,15 @@ from engine import load
 from engine.backend import Linear, TorchBackend
 from engine.fp8 import Fp8Matrix, product_twin, quantise, quantise_channels
 from engine.kernel_backend import KernelBackend
-from engine.kernels.fp8 import quantise_tiles
-from engine.kernels.fp8_product import fp8_tile_product, fp8_tile_product_twin
+from engine.kernels import fp8_product
+from engine.kernels.fp8 import quantise_rows, quantise_tiles
+from engine.kernels.fp8_product import (
+    fp8_row_product,
+    fp8_row_product_twin,
+    fp8_tile_product,
+    fp8_tile_product_twin,
+)
+from engine.kernels.fp8_tiles import ALL_TILES, Tiles, tiles_for
 from engine.plan import Row
 
 pytestmark = pytest.mark.skipif(
@@ -46,6 +53,35 @@ def test_the_product_by_tiles_equals_its_twin(rows: int, width: int, out: int, d
     assert_close("product by tiles", result, expected, roundings=1.01)
     one = fp8_tile_product(values[:1], value_scales[:1], weight, weight_scales)
     assert_close("one row alone", one, result[:1], roundings=1.01)
+
+
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 128, 128), (3, 200, 70), (20, 384, 144), (70, 256, 96)])
+def test_the_product_by_rows_equals_its_twin(rows: int, width: int, out: int, device: torch.device) -> None:
+    torch.manual_seed(3)
+    values, of_rows = quantise_rows(torch.randn(rows, width, device=device).bfloat16())
+    matrix = quantise_channels(torch.randn(out, width, device=device) / 8)
+    result = fp8_row_product(values, of_rows, matrix.values, matrix.scales)
+    expected = fp8_row_product_twin(values, of_rows, matrix.values, matrix.scales)
+    assert_close("product by rows", result, expected, roundings=1.01)
+
+
+@pytest.mark.parametrize("tiles", ALL_TILES, ids=lambda one: f"{one.rows}x{one.outs}")
+def test_all_tiles_give_the_same_product(tiles: Tiles, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_product, "tiles_for", lambda *_: tiles)
+    torch.manual_seed(4)
+    values, of_rows = quantise_tiles(torch.randn(19, 300, device=device), tile_rows=1)
+    weight, scales = quantise(torch.randn(150, 300, device=device) / 8, tile_rows=128, tile_columns=128)
+    expected = fp8_tile_product_twin(values, of_rows, weight, scales)
+    assert_close("product by tiles", fp8_tile_product(values, of_rows, weight, scales), expected, roundings=1.01)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 32, 64, 256, 8192])
+@pytest.mark.parametrize(("width", "out"), [(4096, 4096), (4096, 6144), (4096, 28672), (14336, 4096)])
+def test_tiles_occupy_the_device_and_fit_it(num_rows: int, width: int, out: int) -> None:
+    chosen = tiles_for(num_rows, width, out)
+    assert chosen.shared_bytes <= 101_376, "the smallest card with FP8"
+    assert chosen.rows < 2 * max(num_rows, 16), "most of a tile would be padding"
+    assert -(-num_rows // chosen.rows) * -(-out // chosen.outs) >= 96, "processors stand idle"
 
 
 def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
