@@ -39,8 +39,8 @@ class PageArray:
                 grown[: self._length] = self._pages[: self._length]
                 self._pages = grown
             self._pages[self._length : length] = fresh
-            self.lowest = min(self.lowest, *fresh) if self._length else min(fresh)
-            self.highest = max(self.highest, *fresh)
+            known = (self.lowest, self.highest) if self._length else ()
+            self.lowest, self.highest = min((*known, *fresh)), max((*known, *fresh))
             self._length = length
         return True
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.engine_driver import make_sequence
 
@@ -70,6 +70,7 @@ def test_tables_kept_from_step_to_step_give_the_same_inputs() -> None:
 
 
 @given(steps=st.lists(st.one_of(st.lists(st.integers(-3, 99), max_size=5), st.none()), max_size=12))
+@example(steps=[[], [-2]])
 def test_a_page_array_is_its_list_whatever_happens_to_it(steps: list[list[int] | None]) -> None:
     sequence, tables = make_sequence([1, 2]), PageTables()
     for fresh in steps:
