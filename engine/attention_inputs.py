@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 
 import msgspec
 import numpy as np
@@ -92,82 +90,16 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """The B rows of one new token each, as they are: ragged, nothing padded, on the host.
-
-    Attributes:
-        tokens: [B] int64, index of each row's token among T.
-        pages: [sum of the rows' pages] int64, the rows' page tables end to end, from the first page that a row sees.
-        starts: [B] int64, where each row's table begins in `pages`.
-        firsts, ends: [B] int64, slots `[first, end)` of a row's pages are visible.
-    """
-
-    tokens: np.ndarray
-    pages: np.ndarray
-    starts: np.ndarray
-    firsts: np.ndarray
-    ends: np.ndarray
-
-
-@dataclass(frozen=True)  # no slots: `groups` is kept in the instance
 class AttentionInputs:
     """Who attends to what, for all layers of one window. Every token of the step is in exactly one of both.
 
     Attributes:
-        decode: rows of one token, None without any.
+        groups: rows of one token, in padded batches.
         chunks: rows of several.
-        shape: what the rows were translated for.
     """
 
-    decode: DecodeRows | None
+    groups: tuple[DecodeGroup, ...]
     chunks: tuple[Chunk, ...]
-    shape: InputShape
-
-    @cached_property
-    def groups(self) -> tuple[DecodeGroup, ...]:
-        """`decode` in padded batches, for backends that attend by tensor operations; made when first asked for."""
-        return tuple(_groups(self.decode, self.shape)) if self.decode is not None else ()
-
-
-def gather_plan(rows: Many[TableRow], window: int | None, shape: InputShape) -> AttentionInputs:
-    """Single tokens into groups, longer rows into chunks: what attention by gathered copies reads."""
-    chunks: list[Chunk] = []
-    tokens: list[int] = []
-    pages: list[np.ndarray] = []
-    firsts: list[int] = []
-    ends: list[int] = []
-    for row in rows:
-        begin, start, count, table = row.begin, row.start, row.count, row.table
-        end_position = start + count
-        first_seen = 0 if window is None else max(0, start + 1 - window)
-        first_page = first_seen // shape.page_size
-        seen = table[first_page:] if first_page else table
-        if count == 1:
-            offset = first_page * shape.page_size
-            tokens.append(begin)
-            pages.append(seen)
-            firsts.append(first_seen - offset)
-            ends.append(end_position - offset)
-            continue
-        chunks.append(
-            Chunk(
-                begin=begin,
-                end=begin + count,
-                start=start,
-                page_ids=_tensor(seen, shape) if start else None,
-                first_position=first_page * shape.page_size,
-                window=window if window is not None and window < end_position else None,
-            )
-        )
-    return AttentionInputs(_decode_rows(tokens, pages, firsts, ends) if tokens else None, tuple(chunks), shape)
-
-
-def _decode_rows(tokens: list[int], pages: list[np.ndarray], firsts: list[int], ends: list[int]) -> DecodeRows:
-    *starts, _ = accumulate(map(len, pages), initial=0)
-    numbers = np.array((tokens, starts, firsts, ends), dtype=np.int64)
-    return DecodeRows(
-        tokens=numbers[0], pages=np.concatenate(pages), starts=numbers[1], firsts=numbers[2], ends=numbers[3]
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +112,35 @@ class _Single:
     end: int
 
 
-def _groups(rows: DecodeRows, shape: InputShape) -> list[DecodeGroup]:
+def gather_plan(rows: Many[TableRow], window: int | None, shape: InputShape) -> AttentionInputs:
+    """Single tokens into groups, longer rows into chunks: what attention by gathered copies reads."""
+    chunks: list[Chunk] = []
+    singles: list[_Single] = []
+    for row in rows:
+        begin, start, count, table = row.begin, row.start, row.count, row.table
+        end_position = start + count
+        first_seen = 0 if window is None else max(0, start + 1 - window)
+        first_page = first_seen // shape.page_size
+        seen = table[first_page:] if first_page else table
+        if count == 1:
+            offset = first_page * shape.page_size
+            singles.append(_Single(begin, seen, first_seen - offset, end_position - offset))
+            continue
+        chunks.append(
+            Chunk(
+                begin=begin,
+                end=begin + count,
+                start=start,
+                page_ids=_tensor(seen, shape) if start else None,
+                first_position=first_page * shape.page_size,
+                window=window if window is not None and window < end_position else None,
+            )
+        )
+    return AttentionInputs(tuple(_groups(singles, shape)), tuple(chunks))
+
+
+def _groups(singles: list[_Single], shape: InputShape) -> list[DecodeGroup]:
     """Batch rows of like length while padding and buffer stay small."""
-    tables = np.split(rows.pages, rows.starts[1:])
-    singles = [
-        _Single(*one)
-        for one in zip(rows.tokens.tolist(), tables, rows.firsts.tolist(), rows.ends.tolist(), strict=True)
-    ]
     groups: list[DecodeGroup] = []
     waiting: list[_Single] = []
     used = 0

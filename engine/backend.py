@@ -20,9 +20,9 @@ from engine.attention_inputs import AttentionInputs, InputShape, TableRow, gathe
 from engine.exactness import is_exact, padded
 from engine.fp8 import E4M3, Fp8Matrix, to_e4m3
 from engine.inputs import StepInputs
-from engine.kv_pool import PAGE_MAJOR
 from engine.model_config import ModelConfig
 from engine.rope import rotate
+from fleet.types import PAGE_MAJOR
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] -> [T, out]
 
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """Compile what steps of this model will need. Called once, before the worker is ready."""
 
     def page_order(self, config: ModelConfig, page_size: int, dtype: torch.dtype) -> str:
-        """How axes lie in pages of this model, of which every tensor `layer` below is a part; see `engine.kv_pool`."""
+        """Order of axes in pages of this model, as `fleet.types.PAGE_MAJOR`; every `layer` below is part of those."""
 
     def begin_layer(self) -> None:
         """A layer is about to be computed; the place to look whether there are more or fewer cores than before."""

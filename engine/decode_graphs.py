@@ -32,14 +32,11 @@ from engine.inputs import StepInputs
 from engine.kernel_backend import KernelBackend, PagedAttention
 from engine.kernels.decode_plan import DecodePlan
 from engine.plan import Row
-from engine.sequence import Sequence
 from engine.transformer import Transformer
 
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]
 """Records what a function launches, into memory that is there already; returns what launches all of it again."""
-BeginMasks = Callable[[Many[Sequence]], StepMasks | None]
-"""Starts on the masks of a step that samples for these sequences; see `engine.grammar.desk.GrammarDesk.begin`."""
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _NO_SLOT = -1
@@ -149,7 +146,7 @@ class DecodeGraphs:
         return self._logits[: len(rows)].to(torch.float32, copy=True)
 
     @torch.inference_mode()
-    def launch(self, rows: Many[Row], begin_masks: BeginMasks) -> DeviceStep:
+    def launch(self, rows: Many[Row], begin_masks: Callable[[], StepMasks | None] | None) -> DeviceStep:
         """Queue a step, and the choice of its tokens unless rows are constrained: see `DeviceStep`.
 
         Waits for the masks of the step before if its choice is still to be queued, for the device never.
@@ -164,12 +161,10 @@ class DecodeGraphs:
         self._fill(bucket, rows)
         kind = self._sampler.fill(bucket.choice, rows)
         bucket.replay_forward()
-        sequences = [row.sequence for row in rows]
-        constrained = any(one.params.grammar is not None for one in sequences)
         self._latest = DeviceStep(
             AskedLogprobs(self._logits[: len(rows)], rows),
             partial(self._choose, bucket, kind, len(rows)),
-            partial(begin_masks, sequences) if constrained else None,
+            begin_masks,
         )
         return self._latest
 

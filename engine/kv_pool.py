@@ -1,9 +1,7 @@
 """The tensor of all pages: its shape, its size, and how it is laid over memory that somebody else owns.
 
-One page is one contiguous run of bytes, and so is one head of one layer in it. Order of axes `page-major-1`:
-`[num_pages, layers, 2, kv_heads, page_size, head_dim]`, keys before values. In `page-major-pairs-1` a head's keys are
-`[head_dim / 2, page_size, 2]` and its values `[page_size / 2, head_dim, 2]`, for processors that multiply pairs of
-numbers. The tensor has the first shape either way; the backend, which chooses the order, knows what is where.
+One page is one contiguous run of bytes, and so is one head of one layer in it. The tensor has the shape of
+`fleet.types.PAGE_MAJOR` whatever the order of axes; the backend, which chooses that, knows what is where.
 """
 
 from __future__ import annotations
@@ -14,9 +12,6 @@ from typing import Any
 import torch
 
 from engine.model_config import ModelConfig
-
-PAGE_MAJOR = "page-major-1"
-PAGE_MAJOR_PAIRS = "page-major-pairs-1"
 
 
 def page_shape(config: ModelConfig, page_size: int) -> tuple[int, int, int, int, int]:

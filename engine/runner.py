@@ -22,7 +22,6 @@ from engine.page_tables import PageArray, PageTables
 from engine.plan import Failed, Pending, Result, Row, ScoredPrompt, StepOutput, StepPlan
 from engine.prompt_outputs import needs_hidden_states, pool, score
 from engine.sampler import sample
-from engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +51,12 @@ class DecodeForward(Protocol):
     def why_host(self, rows: Many[Row]) -> str | None:
         """What keeps a step of these rows from `launch`, in a word, or None. Cheap."""
 
-    def launch(self, rows: Many[Row], begin_masks: Callable[[Many[Sequence]], StepMasks | None]) -> Pending:
+    def launch(self, rows: Many[Row], begin_masks: Callable[[], StepMasks | None] | None) -> Pending:
         """Queue a step whose tokens are chosen on the device. Requires: `why_host` has nothing against sound rows.
 
         Args:
             rows: of the step.
-            begin_masks: starts on the masks of the rows' sequences; asked once what the rows follow is booked.
+            begin_masks: starts on the rows' masks, once what they follow is booked; None where none is constrained.
         """
 
     def forward(self, rows: Many[Row]) -> torch.Tensor | None:
@@ -114,9 +113,12 @@ class ModelRunner:
         if reason is not None:
             self.num_steps[reason] += 1
             return self.run(plan)
-        constrained = any(row.sequence.params.grammar is not None for row in plan.rows)
-        self.num_steps["device_grammar" if constrained else "device"] += 1
-        return self._decode.launch(plan.rows, self._grammars.begin)
+        sequences = [row.sequence for row in plan.rows]
+        if not any(one.params.grammar is not None for one in sequences):
+            self.num_steps["device"] += 1
+            return self._decode.launch(plan.rows, None)
+        self.num_steps["device_grammar"] += 1
+        return self._decode.launch(plan.rows, partial(self._grammars.begin, sequences))
 
     def _why_host(self, decode: DecodeForward, plan: StepPlan) -> str | None:
         """Looked into once for a plan, which is asked about before its launch, by it, and for the step after it."""

@@ -6,7 +6,7 @@ Everything here is a frozen msgspec struct, so that a value read from the wire i
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
@@ -165,6 +165,14 @@ class Passport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return len(self.token_ids) - self.prompt_len
 
 
+PAGE_MAJOR: Final = "page-major-1"
+"""Axis order `[num_pages, layers, 2, kv_heads, page_size, head_dim]`, row-major; 2 is keys, then values."""
+
+PAGE_MAJOR_PAIRS: Final = "page-major-pairs-1"
+"""The same with a head's keys as `[head_dim / 2, page_size, 2]` and its values as `[page_size / 2, head_dim, 2]`, for
+processors that multiply pairs of numbers."""
+
+
 class Fingerprint(msgspec.Struct, frozen=True):
     """What two workers must share before a page may move between them (DESIGN section 4).
 
@@ -172,7 +180,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
         model: hash of the model's configuration and weights' names and sizes, not its path.
         dtype: of keys and values, e.g. `bfloat16`.
         num_layers, num_kv_heads, head_dim, page_size: the shape of a page.
-        layout: name of the axis order, e.g. `page-major-1`.
+        layout: name of the axis order: `PAGE_MAJOR` or `PAGE_MAJOR_PAIRS`.
         version: of the hand-off protocol.
     """
 

@@ -6,14 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from fleet.types import Fingerprint
+from fleet.types import PAGE_MAJOR, PAGE_MAJOR_PAIRS, Fingerprint
 from kvtransfer.errors import LayoutMismatch
-
-PAGE_MAJOR: Final = "page-major-1"
-"""Axis order `[num_pages, layers, 2, kv_heads, page_size, head_dim]`, row-major; 2 is keys, then values."""
-
-PAGE_MAJOR_PAIRS: Final = "page-major-pairs-1"
-"""The same with a head's keys as `[head_dim / 2, page_size, 2]` and its values as `[page_size / 2, head_dim, 2]`."""
 
 PROTOCOL_VERSION: Final = 1
 """Version of the hand-off protocol; workers of different versions exchange no pages."""

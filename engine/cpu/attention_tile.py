@@ -21,7 +21,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from engine.cpu.jit import call
 from engine.cpu.tiles import LANES, SUMS, VECTOR_BYTES, WORDS, load, splat, store, tile
+from engine.cpu.vectors import narrowed
 
 GROUPS = 4
 """Vectors of slots in a tile."""
@@ -47,8 +49,7 @@ weights."""
 LOWEST = -1e30
 """The largest score of a row that has seen nothing yet; finite, so that no difference is NaN."""
 
-_WORD, _ADDRESS, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_HALVES = ir.VectorType(ir.IntType(16), LANES)
+_WORD, _ADDRESS = ir.IntType(32), ir.IntType(64)
 _POWER = (0.00132647273, 0.00967151299, 0.0555073358, 0.240222424, 0.693147004, 1.0)
 """Of 2 to a power in [-1/2, 1/2], the highest first: wrong by less than 2e-7 relative, and right at 0."""
 _LEAST_POWER = -127.0
@@ -93,17 +94,6 @@ def attend_tile(
 
     integers = (desk, queries, bounds, state, sums, edge, num_rows, head_dim, page_size, native, ahead)
     return types.int64(*integers), emit
-
-
-@intrinsic
-def claim(_context: Any, _counter: Any) -> Any:
-    """Add 1 to the int64 at an address, for all threads at once; what it was."""
-
-    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], _ADDRESS.as_pointer())
-        return builder.atomic_rmw("add", place, _ADDRESS(1), "monotonic")
-
-    return types.int64(types.int64), emit
 
 
 class _Tile:
@@ -189,7 +179,7 @@ class _Tile:
             for at, vector in enumerate(own):
                 weight = self._power(_fused(builder, vector, to_powers, top))
                 place = self._at(weights, 2 * (row * SLOTS + at * LANES))
-                store(builder, self._narrow(weight), place)
+                store(builder, narrowed(builder, weight), place)
                 parts.append(weight)
             place = self._at(self._state, VECTOR_BYTES * (1 + row))
             total = builder.fadd(builder.fadd(parts[0], parts[1]), builder.fadd(parts[2], parts[3]))
@@ -221,14 +211,6 @@ class _Tile:
         for factor in _POWER[1:]:
             result = _fused(builder, result, rest, _constant(factor))
         return builder.fmul(result, builder.bitcast(whole, SUMS))
-
-    def _narrow(self, vector: Any) -> Any:
-        """To bfloat16, ties to even."""
-        builder = self._builder
-        bits = builder.bitcast(vector, WORDS)
-        shift, one, most = (ir.Constant(WORDS, [number] * LANES) for number in (16, 1, 0x7FFF))
-        odd = builder.and_(builder.lshr(bits, shift), one)
-        return builder.trunc(builder.lshr(builder.add(bits, builder.add(odd, most)), shift), _HALVES)
 
     def _mix(self, scales: list[Any], vectors: range) -> None:
         """Add the tile's values, weighed, to these vectors of the sums."""
@@ -302,8 +284,4 @@ def _larger(builder: Any, first: Any, second: Any) -> Any:
 
 def _fused(builder: Any, left: Any, right: Any, more: Any) -> Any:
     """`left * right + more`, rounded once on every processor."""
-    name = f"llvm.fma.v{LANES}f32"
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(SUMS, [SUMS] * 3), name)
-    return builder.call(function, [left, right, more])
+    return call(builder, f"llvm.fma.v{LANES}f32", SUMS, left, right, more)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 
 from engine.attention import attend
@@ -19,10 +18,10 @@ from engine.cpu.attention_runs import PagedRows
 from engine.cpu.shared_cores import SharedCores
 from engine.errors import NoKernels
 from engine.inputs import StepInputs
-from engine.kv_pool import PAGE_MAJOR, PAGE_MAJOR_PAIRS
 from engine.model_config import ModelConfig
 from engine.packed_backend import PackedBackend
 from fleet.logs import get_logger
+from fleet.types import PAGE_MAJOR, PAGE_MAJOR_PAIRS
 
 if TYPE_CHECKING:
     from engine.cpu.products import Products
@@ -38,7 +37,7 @@ class CpuBackend(PackedBackend):
     def __init__(self, cores: SharedCores | None = None) -> None:
         self._cores = cores
         self._rows = _row_kernels()
-        self._products = None if self._rows is None else _products()
+        self._products = _products() if self._rows is not None and suits_own_products() else None
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """By our own kernel where it is the fastest, else packed for oneDNN."""
@@ -140,7 +139,7 @@ class RowKernels:
         num_rows, size = hidden.shape
         output = torch.empty(num_rows, size, dtype=hidden.dtype)
         words = (hidden.data_ptr(), weight.data_ptr(), output.data_ptr(), num_rows, hidden.stride(0))
-        self._team.run(self._rms_norm(size, eps).address, np.array(words, dtype=np.int64), hidden.numel())
+        self._team.run(self._rms_norm(size, eps), words, hidden.numel())
         return output
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -148,7 +147,7 @@ class RowKernels:
         num_rows, width = gate_up.shape
         output = torch.empty(num_rows, width // 2, dtype=gate_up.dtype)
         words = (gate_up.data_ptr(), output.data_ptr(), num_rows)
-        self._team.run(self._gated_silu(width // 2).address, np.array(words, dtype=np.int64), gate_up.numel())
+        self._team.run(self._gated_silu(width // 2), words, gate_up.numel())
         return output
 
     def rotate_and_write(
@@ -177,8 +176,7 @@ class RowKernels:
             qkv.stride(0),
             layer.stride(0),
         )
-        kernel = self._rotate(head_dim, page_size, None if norms is None else norms.eps)
-        self._team.run(kernel.address, np.array(words, dtype=np.int64), qkv.numel())
+        self._team.run(self._rotate(head_dim, page_size, None if norms is None else norms.eps), words, qkv.numel())
 
 
 def _row_kernels() -> RowKernels | None:
@@ -189,9 +187,13 @@ def _row_kernels() -> RowKernels | None:
         return None
 
 
-def _products() -> Products | None:
-    """Our own products: on processors with AVX512-BF16, unless they have AMX too, whose tiles oneDNN uses."""
-    from engine.cpu.products import Products
-    from engine.cpu.tiles import has_pair_products
+def suits_own_products() -> bool:
+    """Whether our own products are this processor's fastest: with AVX512-BF16, but not AMX, whose tiles oneDNN uses."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") and not able.get("amx_bf16"))
 
-    return Products() if has_pair_products() and not torch.cpu.get_capabilities().get("amx_bf16") else None
+
+def _products() -> Products:
+    from engine.cpu.products import Products
+
+    return Products()

@@ -38,7 +38,7 @@ class TokenChoice:
 
     def __init__(self) -> None:
         self._team = Team()
-        self._address = _token_choice().address
+        self._kernel = _token_choice()
 
     def __call__(self, logits: torch.Tensor, rows: ChoiceRows) -> list[int]:
         """See `engine.choice.choose_tokens`; columns of `logits` are contiguous, and it is not mutated."""
@@ -48,7 +48,7 @@ class TokenChoice:
         chosen = np.empty(num_rows, dtype=np.int64)
         arrays = [each.ctypes.data for each in rows]
         words = (logits.data_ptr(), logits.stride(0), num_rows, vocab_size, *arrays, chosen.ctypes.data)
-        self._team.run(self._address, np.array(words, dtype=np.int64))
+        self._team.run(self._kernel, words)
         return chosen.tolist()
 
 

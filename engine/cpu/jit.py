@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +87,20 @@ class Team:
         self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         self._parallel.restype = None
 
-    def run(self, address: int, words: np.ndarray, numbers: int | None = None) -> None:
-        """Run the kernel at `address` on as many threads as torch uses; returns when all have ended.
+    def run(self, compiled: Any, words: Sequence[int], numbers: int | None = None) -> None:
+        """Run a kernel on as many threads as torch uses; returns when all have ended.
 
         Args:
-            address: of a compiled kernel.
-            words: [n] int64; what it points to must stay alive meanwhile.
+            compiled: what `kernel` returned.
+            words: its array of 64-bit words; what they point to must stay alive meanwhile.
             numbers: that it computes, where they may be too few for so many threads: to wait for another one takes
                 longer than a few thousand, and far longer when other processes want the cores too.
         """
         threads = torch.get_num_threads()
         if numbers is not None:
             threads = min(threads, 1 + numbers // _GRAIN)
-        self._parallel(address, words.ctypes.data, threads, 0)
+        array = np.array(words, dtype=np.int64)
+        self._parallel(compiled.address, array.ctypes.data, threads, 0)
 
 
 @intrinsic
@@ -116,11 +117,29 @@ def num_threads(_context: Any) -> Any:
 
 def _call_int32(name: str) -> Any:
     def emit(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.sext(builder.call(function, []), ir.IntType(64))
+        return builder.sext(call(builder, name, ir.IntType(32)), ir.IntType(64))
 
     return types.int64(), emit
+
+
+def call(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
+    """Emit a call of an LLVM intrinsic, or of a function that the process has, with a result of type `kind`."""
+    module = builder.module
+    function = module.globals.get(name)
+    if function is None:
+        function = ir.Function(module, ir.FunctionType(kind, [argument.type for argument in arguments]), name)
+    return builder.call(function, arguments)
+
+
+@intrinsic
+def claim(_context: Any, _counter: Any) -> Any:
+    """Add 1 to the int64 at an address, for all threads at once; what it was."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], word.as_pointer()), word(1), "monotonic")
+
+    return types.int64(types.int64), emit
 
 
 @intrinsic

@@ -32,9 +32,8 @@ from engine.cpu.attention_tile import (
     VALUES,
     WEIGHTS,
     attend_tile,
-    claim,
 )
-from engine.cpu.jit import Team, kernel, narrow, pointer, thread_num
+from engine.cpu.jit import Team, claim, kernel, narrow, pointer, thread_num
 from engine.cpu.tiles import LANES, VECTOR_BYTES, has_pair_products
 
 RUN_ROWS = 96
@@ -46,6 +45,7 @@ _MOST = max(ROWS)
 _STATE_BYTES = VECTOR_BYTES * (1 + _MOST)
 
 
+@functools.cache
 def _offsets(group: int, head_dim: int) -> tuple[int, ...]:
     """Where in a thread's memory: desk, query addresses, bounds, weights, states, sums, values at edges; its size."""
     num_rows = max(RUN_ROWS, group) + _MOST
@@ -262,6 +262,5 @@ class PagedAttention:
             -(-self._memory.data_ptr() // VECTOR_BYTES) * VECTOR_BYTES,
             size,
         )
-        kernel = paged_attention(group, head_dim, page_size, int(self.native))
-        self._team.run(kernel.address, np.array(words, dtype=np.int64))
+        self._team.run(paged_attention(group, head_dim, page_size, int(self.native)), words)
         return output

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from engine.backend import Linear
 from engine.cpu.jit import Team, kernel, narrow, num_threads, pointer, thread_num, widen
-from engine.cpu.tiles import LANES, PAIR_BYTES, SUMS, VECTOR_BYTES, has_pair_products, load, tile
+from engine.cpu.tiles import LANES, PAIR_BYTES, SUMS, VECTOR_BYTES, has_pair_products, load, store, tile
 
 PANEL = 32
 """Outputs of a panel: two vectors."""
@@ -69,7 +69,7 @@ class Products:
             )
             # In the time of a simple operation: 16 weights are read, or multiplied with 16 tokens.
             numbers = num_inputs * num_outputs * (16 + num_tokens) // 256
-            self._team.run(self._kernel.address, np.array(words, dtype=np.int64), numbers)
+            self._team.run(self._kernel, words, numbers)
             return out
 
         return product
@@ -128,7 +128,7 @@ def add_panel(
             )
             for own, mine in zip(places, results, strict=True):
                 for place, result in zip(own, mine, strict=True):
-                    builder.store(result, builder.inttoptr(place, SUMS.as_pointer()), align=4)
+                    store(builder, result, place)
             builder.branch(end)
         builder.position_at_end(end)
         return word(0)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from llvmlite import ir
 
+from engine.cpu.jit import call
+
 LANES = 16
 PAIR_BYTES = 4
 VECTOR_BYTES = LANES * PAIR_BYTES
@@ -51,12 +53,8 @@ def has_pair_products() -> bool:
 def add_products(builder: Any, sums: Any, left: Any, right: Any, *, native: bool) -> Any:
     """`sums[i] + left[2 i] * right[2 i] + left[2 i + 1] * right[2 i + 1]`, with operands of type `WORDS`."""
     if native:
-        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
-        module = builder.module
-        function = module.globals.get(name)
-        if function is None:
-            function = ir.Function(module, ir.FunctionType(SUMS, [SUMS, _PAIRS, _PAIRS]), name)
-        return builder.call(function, [sums, builder.bitcast(left, _PAIRS), builder.bitcast(right, _PAIRS)])
+        pairs = [builder.bitcast(words, _PAIRS) for words in (left, right)]
+        return call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}", SUMS, sums, *pairs)
     shift, mask = (ir.Constant(WORDS, [number] * LANES) for number in (16, 0xFFFF0000))
     low = [builder.shl(words, shift) for words in (left, right)]
     high = [builder.and_(words, mask) for words in (left, right)]
@@ -142,9 +140,5 @@ def splat(builder: Any, value: Any) -> Any:
 
 def _fetch(builder: Any, address: Any) -> None:
     """Ask for a line of memory, which the processor's own prefetching may not reach: it stops at borders of 4 KiB."""
-    pointer = ir.IntType(8).as_pointer()
-    name = "llvm.prefetch.p0"
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD]), name)
-    builder.call(function, [builder.inttoptr(address, pointer), _WORD(0), _WORD(_NEAR), _WORD(1)])
+    place = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), place, _WORD(0), _WORD(_NEAR), _WORD(1))

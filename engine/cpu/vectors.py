@@ -13,7 +13,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-LANES = 16
+from engine.cpu.jit import call
+from engine.cpu.tiles import LANES
+
 _FAST = ("reassoc", "contract", "nsz", "arcp")
 _WORD, _FLOAT = ir.IntType(32), ir.FloatType()
 _EXP = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
@@ -30,7 +32,7 @@ def gate(_context: Any, gates: Any, ups: Any, output: Any, count: Any) -> Any:
         for begin in range(0, count.literal_value, lanes):
             x, up = (_load_bf16(builder, base, begin, lanes) for base in arguments[:2])
             # Of exp only the side below 1 is computed: sigmoid(x) = e / (1 + e), where e = exp(-|x|) or its inverse.
-            small = _exp(builder, builder.fneg(_call(builder, f"llvm.fabs.v{lanes}f32", x.type, x)), lanes)
+            small = _exp(builder, builder.fneg(call(builder, f"llvm.fabs.v{lanes}f32", x.type, x)), lanes)
             positive = builder.fcmp_ordered(">", x, ir.Constant(x.type, [0.0] * lanes))
             share = builder.fdiv(builder.select(positive, one, small), builder.fadd(one, small))
             _store_bf16(builder, arguments[2], begin, builder.fmul(builder.fmul(x, share), up))
@@ -56,24 +58,19 @@ def _load_bf16(builder: Any, base: Any, place: int, lanes: int) -> Any:
     return builder.bitcast(shifted, ir.VectorType(_FLOAT, lanes))
 
 
-def _call(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
-    """An LLVM intrinsic on vectors, result of type `kind`."""
-    module = builder.module
-    function = module.globals.get(name)
-    if function is None:
-        function = ir.Function(module, ir.FunctionType(kind, [argument.type for argument in arguments]), name)
-    return builder.call(function, arguments)
-
-
 def _store_bf16(builder: Any, base: Any, place: int, vector: Any) -> None:
-    """Float32 rounded as `engine.cpu.jit.narrow` does."""
+    halves = narrowed(builder, vector)
+    builder.store(halves, _address(builder, base, 2 * place, halves.type), align=2)
+
+
+def narrowed(builder: Any, vector: Any) -> Any:
+    """The bits of the bfloat16 numbers nearest to a vector of float32, as `engine.cpu.jit.narrow` has them."""
     lanes = vector.type.count
     words, halves = ir.VectorType(_WORD, lanes), ir.VectorType(ir.IntType(16), lanes)
     bits = builder.bitcast(vector, words)
     shift, one, most = (ir.Constant(words, [number] * lanes) for number in (16, 1, 0x7FFF))
     odd = builder.and_(builder.lshr(bits, shift), one)
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, most)), shift)
-    builder.store(builder.trunc(rounded, halves), _address(builder, base, 2 * place, halves), align=2)
+    return builder.trunc(builder.lshr(builder.add(bits, builder.add(odd, most)), shift), halves)
 
 
 def _exp(builder: Any, vector: Any, lanes: int) -> Any:
@@ -86,7 +83,7 @@ def _exp(builder: Any, vector: Any, lanes: int) -> Any:
     floor = constant(-87.0)
     vector = builder.select(builder.fcmp_ordered(">", vector, floor), vector, floor)
     scaled = builder.fmul(vector, constant(math.log2(math.e)))
-    whole = _call(builder, f"llvm.roundeven.v{lanes}f32", kind, scaled)
+    whole = call(builder, f"llvm.roundeven.v{lanes}f32", kind, scaled)
     rest = builder.fmul(builder.fsub(scaled, whole), constant(math.log(2)))
     result = constant(_EXP[0])
     for factor in _EXP[1:]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 
 from support.fake_runner import FakeRunner, fake_output
 from support.late_runner import LateRunner
 from support.passports import make_fingerprint, make_passport
+from support.stepping import run_until_idle
 
 from engine.decode_scheduler import DecodeScheduler
 from engine.limits import DecodeLimits
@@ -16,7 +16,6 @@ from engine.plan import Pending, StepOutput, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.progress import RowProgress, StepProgress
 from engine.sequence import Sequence
-from engine.step_loop import StepLoop
 from fleet.types import FinishReason, SamplingParams
 
 NUM_PAGES, PAGE_SIZE = 32, 4
@@ -75,7 +74,6 @@ async def drive(device: Device, *, constrained: bool = False) -> tuple[dict[str,
         assert reservation is not None
         scheduler.adopt(reservation, passport, 0)
     rows: dict[str, list[RowProgress]] = {}
-    idle = asyncio.Event()
 
     def on_step(plan: StepPlan, progress: StepProgress, step_s: float) -> None:
         assert plan.rows
@@ -84,11 +82,7 @@ async def drive(device: Device, *, constrained: bool = False) -> tuple[dict[str,
         for row in progress.rows:
             rows.setdefault(row.sequence.request_id, []).append(row)
 
-    loop = StepLoop(scheduler, device, on_step=on_step, on_scheduled=lambda plan: idle.set() if plan is None else None)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        task = group.create_task(loop.run())
-        await idle.wait()
-        task.cancel()
+    await run_until_idle(scheduler, device, on_step, timeout_s=20)
     pool.check()
     return rows, pool
 

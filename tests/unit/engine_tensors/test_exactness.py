@@ -14,6 +14,7 @@ import torch
 from support.checkpoints import VOCAB_SIZE
 from support.engine_driver import Driver
 
+from engine.cpu.backend import suits_own_products
 from engine.plan import Row
 from engine.sequence import Sequence
 
@@ -37,12 +38,12 @@ def logits_in_chunks(driver: Driver, sequences: list[Sequence], draw: random.Ran
     return [torch.cat(own) for own in parts]
 
 
-OWN_KERNELS = torch.cpu.get_capabilities().get("avx512_bf16") and not torch.cpu.get_capabilities().get("amx_bf16")
-
-
 @pytest.mark.parametrize(
     "dtype",
-    ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not OWN_KERNELS, reason="oneDNN's products"))],
+    [
+        "float32",
+        pytest.param("bfloat16", marks=pytest.mark.skipif(not suits_own_products(), reason="oneDNN's products")),
+    ],
 )
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("variant", ["qwen3", "llama3"])

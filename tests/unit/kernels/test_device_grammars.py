@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from kernel_kit import eagerly, with_kernels
 from support.checkpoints import make_checkpoint
 from support.engine_driver import Driver
 from support.passports import make_fingerprint, make_passport
+from support.stepping import run_until_idle
 
 from engine.decode_graphs import DecodeGraphs
 from engine.decode_scheduler import DecodeScheduler
@@ -21,7 +21,6 @@ from engine.plan import Pending, Runner, StepOutput, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.progress import StepProgress
 from engine.runner import ModelRunner
-from engine.step_loop import StepLoop
 from fleet.types import FinishReason, Grammar, GrammarKind, SamplingParams
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
@@ -76,7 +75,6 @@ async def drive(driver: Driver, runner: Runner) -> Ends:
         assert reservation is not None
         scheduler.adopt(reservation, passport, 0)
     ends: Ends = {}
-    idle = asyncio.Event()
 
     def on_step(plan: StepPlan, progress: StepProgress, step_s: float) -> None:
         del plan, step_s
@@ -87,11 +85,7 @@ async def drive(driver: Driver, runner: Runner) -> Ends:
                 likeliest += [one.token_id for one in row.sampled.logprob.top] if row.sampled.logprob else []
             ends[row.sequence.request_id] = ids, likeliest, row.finish, row.error
 
-    loop = StepLoop(scheduler, runner, on_step=on_step, on_scheduled=lambda plan: idle.set() if plan is None else None)
-    async with asyncio.timeout(100), asyncio.TaskGroup() as group:
-        task = group.create_task(loop.run())
-        await idle.wait()
-        task.cancel()
+    await run_until_idle(scheduler, runner, on_step, timeout_s=100)
     pool.check()
     assert pool.num_used == 0
     return ends

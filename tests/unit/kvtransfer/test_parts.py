@@ -8,9 +8,9 @@ import random
 import pytest
 
 from fleet.hand_off_messages import Alive
-from fleet.types import PeerRef
+from fleet.types import PAGE_MAJOR_PAIRS, PeerRef
 from kvtransfer.errors import LayoutMismatch
-from kvtransfer.layout import PAGE_MAJOR_PAIRS, PageLayout, require_equal
+from kvtransfer.layout import PageLayout, require_equal
 from kvtransfer.limits import HandOffLimits
 from kvtransfer.numbering import belongs_to, first_number
 from kvtransfer.pulse import Pulse
