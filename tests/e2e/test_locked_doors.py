@@ -66,7 +66,9 @@ def refused(fleet: Fleet, name: str) -> float:
 
 def test_who_lacks_the_secret_gets_nowhere(fleet: Fleet, machine: OtherMachine) -> None:
     expected = answer(fleet)
-    assert fleet.metric("baton_worker_hand_offs_total", transport="tcp", outcome="given") == 1
+    given = partial(fleet.metric, "baton_worker_hand_offs_total", transport="tcp", outcome="given")
+    until(given, within_s=5 * LEASE_S, what="a heartbeat tells of the hand-off")
+    assert given() == 1
     assert [refused(fleet, name) for name in fleet.services] == [0, 0, 0]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     script = [sys.executable, "-m", "support.stranger"]
