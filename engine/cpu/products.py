@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from engine.backend import Linear
 from engine.cpu.jit import Team, kernel, narrow, num_threads, pointer, thread_num, widen
+from engine.cpu.packed import Packed
 from engine.cpu.tiles import LANES, PAIR_BYTES, SUMS, VECTOR_BYTES, has_pair_products, load, store, tile
 
 PANEL = 32
@@ -34,10 +35,18 @@ _BLOCK_ROWS = 96
 _BLOCK_PAIRS = 1024
 """What of the tokens, and of a panel, is worked on together: 384 KiB and 128, which a core's second cache holds."""
 _ALIGNMENT = 64
+PAIRS = "bf16 pairs"
+"""The form of packed matrices: panels of bf16 pairs, nothing lost."""
 
 
 class Products:
-    """Makes products of packed matrices, on torch's own threads. Raises NoKernels where those cannot be had."""
+    """Makes products of packed matrices, on torch's own threads. Raises NoKernels where those cannot be had.
+
+    Attributes:
+        layout: names what `pack` makes of a matrix; equal layouts make the same arrays of it, in any version of ours.
+    """
+
+    layout = "panels 1"
 
     def __init__(self, *, native: bool | None = None) -> None:
         """`native`: see `engine.cpu.tiles.has_pair_products`, which None asks."""
@@ -46,11 +55,20 @@ class Products:
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """The product of a bf16 matrix `[N, K]`, copied; bf16 `[M, K]` -> `[M, N]`, rounded to nearest even."""
+        return self.product(self.pack(weight), bias)
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        """A bf16 matrix `[N, K]` in panels, copied."""
         num_outputs, num_inputs = weight.shape
-        panels = pack(weight)
+        return Packed(PAIRS, (num_outputs, num_inputs), {"panels": pack(weight)})
+
+    def product(self, packed: Packed, bias: torch.Tensor | None) -> Linear:
+        """The product of what `pack` made, here or in another process."""
+        num_outputs, num_inputs = packed.shape
+        panels = packed.arrays["panels"]
         num_pairs = panels.shape[1]
 
-        def product(hidden: torch.Tensor) -> torch.Tensor:
+        def multiply(hidden: torch.Tensor) -> torch.Tensor:
             if num_inputs % 2:
                 hidden = functional.pad(hidden, (0, 1))
             elif hidden.stride(1) != 1:
@@ -72,7 +90,7 @@ class Products:
             self._team.run(self._kernel, words, numbers)
             return out
 
-        return product
+        return multiply
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
