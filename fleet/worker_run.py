@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from fleet import reclaim
 from fleet.bus import Bus, BusConfig, Delivery
 from fleet.departure import Departure
-from fleet.lifecycle import calm_collector
+from fleet.lifecycle import calm_collector, give_back_freed_memory
 from fleet.logs import get_logger
 from fleet.service_settings import WorkerSettings
 from fleet.types import WorkerRecord
@@ -91,6 +91,7 @@ async def run_worker(
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     calm_collector()
+    give_back_freed_memory()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in (listen(), bus.watch_peers(), *parts)]
         introduction, leaving = group.create_task(link.announce()), group.create_task(departure.wait())

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from fleet.bus import Bus, BusConfig, is_loopback
 from fleet.errors import NameTaken, SettingsError
 from fleet.keys import KeyRegistry
-from fleet.lifecycle import calm_collector, new_peer
+from fleet.lifecycle import calm_collector, give_back_freed_memory, new_peer
 from fleet.logs import get_logger
 from fleet.messages import Goodbye, Heartbeat, Publication
 from fleet.metrics import FleetCollector
@@ -196,6 +196,7 @@ async def _run(
     )
 
     calm_collector()
+    give_back_freed_memory()
 
     async def listen() -> None:
         async for delivery in bus.receive():
