@@ -1,8 +1,7 @@
 """Products of a decoder's bfloat16 matrices by our own kernel: weights in panels, read once, each number in one order.
 
-A matrix `[N, K]` is packed into panels of 32 outputs, in which the 32 pairs of each two inputs lie side by side: a
-thread reads its panels from end to end. Up to 12 tokens are multiplied with a panel at a time; the next panel is
-asked for meanwhile, so that few tokens cost what reading the weights costs, and many what the products cost.
+A thread reads its panels (`engine.cpu.panels`) from end to end. Up to 12 tokens are multiplied with a block of a panel
+at a time (`engine.cpu.blocks`), so that few tokens cost what reading the weights costs, and many what the products do.
 
 Each number of the result is one float32 sum over all inputs in their order, kept in a register or put aside exactly. So
 a token's result is the same to the last bit whatever tokens stand beside it, and whichever thread computes it.
@@ -17,26 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray, njit
 from torch.nn import functional
 
 from engine.backend import Linear
+from engine.cpu.blocks import ROWS, add_block, expand_block
 from engine.cpu.jit import Team, kernel, narrow, num_threads, pointer, thread_num, widen
 from engine.cpu.packed import Packed
-from engine.cpu.tiles import LANES, PAIR_BYTES, SUMS, VECTOR_BYTES, has_pair_products, load, store, tile
+from engine.cpu.panels import BLOCK_RECORDS, PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS, pack
+from engine.cpu.tiles import PAIR_BYTES, has_pair_products
 
-PANEL = 32
-"""Outputs of a panel: two vectors."""
-_ROWS = 12
-"""Tokens at a time: with two vectors, 24 sums in registers."""
 _BLOCK_ROWS = 96
-_BLOCK_PAIRS = 1024
-"""What of the tokens, and of a panel, is worked on together: 384 KiB and 128, which a core's second cache holds."""
-_ALIGNMENT = 64
-PAIRS = "bf16 pairs"
-"""The form of packed matrices: panels of bf16 pairs, nothing lost."""
+_FEW_RECORDS = 32
+"""Of a block for up to 12 tokens; two of them, and two of `BLOCK_RECORDS` for more, lie in a core's first cache."""
+_FEW_AHEAD, _MANY_AHEAD = 96, 128
+"""Records from those expanded to those asked for: memory answers within the time of so many."""
+_LINE = 64
+_PLAIN_BYTES = RECORD_BYTES[PLAIN]
 
 
 class Products:
@@ -46,12 +42,12 @@ class Products:
         layout: names what `pack` makes of a matrix; equal layouts make the same arrays of it, in any version of ours.
     """
 
-    layout = "panels 1"
+    layout = "panels 2"
 
     def __init__(self, *, native: bool | None = None) -> None:
         """`native`: see `engine.cpu.tiles.has_pair_products`, which None asks."""
         self._team = Team()
-        self._kernel = panel_products(has_pair_products() if native is None else native)
+        self._native = has_pair_products() if native is None else native
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """The product of a bf16 matrix `[N, K]`, copied; bf16 `[M, K]` -> `[M, N]`, rounded to nearest even."""
@@ -59,14 +55,14 @@ class Products:
 
     def pack(self, weight: torch.Tensor) -> Packed:
         """A bf16 matrix `[N, K]` in panels, copied."""
-        num_outputs, num_inputs = weight.shape
-        return Packed(PAIRS, (num_outputs, num_inputs), {"panels": pack(weight)})
+        return pack(weight, self._team)
 
     def product(self, packed: Packed, bias: torch.Tensor | None) -> Linear:
         """The product of what `pack` made, here or in another process."""
         num_outputs, num_inputs = packed.shape
-        panels = packed.arrays["panels"]
-        num_pairs = panels.shape[1]
+        compiled = panel_products(packed.form, self._native)
+        arrays = packed.arrays
+        tables = [arrays[name].data_ptr() if name in arrays else 0 for name in ("lowest", "exceptions", "starts")]
 
         def multiply(hidden: torch.Tensor) -> torch.Tensor:
             if num_inputs % 2:
@@ -77,129 +73,131 @@ class Products:
             out = torch.empty(num_tokens, num_outputs, dtype=hidden.dtype)
             words = (
                 hidden.data_ptr(),
-                panels.data_ptr(),
+                arrays["panels"].data_ptr(),
                 0 if bias is None else bias.data_ptr(),
                 out.data_ptr(),
                 num_tokens,
                 num_outputs,
-                num_pairs,
+                (num_inputs + 1) // 2,
                 2 * hidden.stride(0),
+                *tables,
             )
             # In the time of a simple operation: 16 weights are read, or multiplied with 16 tokens.
             numbers = num_inputs * num_outputs * (16 + num_tokens) // 256
-            self._team.run(self._kernel, words, numbers)
+            self._team.run(compiled, words, numbers)
             return out
 
         return multiply
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """`[N, K]` bf16 -> `[N / 32, K / 2, 32]` pairs (int32), rounded up with zeros, aligned to a line of the caches."""
-    num_outputs, num_inputs = weight.shape
-    padded = functional.pad(weight, (0, num_inputs % 2, 0, -num_outputs % PANEL)).contiguous()
-    num_panels, num_pairs = padded.shape[0] // PANEL, padded.shape[1] // 2
-    memory = torch.empty(num_panels * num_pairs * PANEL + _ALIGNMENT // PAIR_BYTES, dtype=torch.int32)
-    skipped = -memory.data_ptr() % _ALIGNMENT // PAIR_BYTES
-    panels = memory[skipped:][: num_panels * num_pairs * PANEL].view(num_panels, num_pairs, PANEL)
-    panels.copy_(padded.view(torch.int32).view(num_panels, PANEL, num_pairs).transpose(1, 2))
-    return panels
+@njit
+def _begin_sums(sums: Any, num_rows: int, bias: int, columns: int) -> None:
+    """With the bias at an address, or 0."""
+    sums[:num_rows] = 0
+    if bias:
+        numbers = carray(pointer(bias), columns, np.uint16)
+        for at in range(num_rows):
+            for column in range(columns):
+                sums[at, column] = widen(numbers[column])
 
 
-@intrinsic(prefer_literal=True)
-def add_panel(
-    _context: Any,
-    count: Any,
-    row: Any,
-    row_bytes: Any,
-    panel: Any,
-    num_pairs: Any,
-    sums: Any,
-    ahead: Any,
-    more: Any,
-    native: Any,
-) -> Any:
-    """Add to the sums of 1 to 12 rows their products with a part of a panel, asking for two lines a pair."""
+@njit
+def _end_sums(sums: Any, num_rows: int, out: int, num_outputs: int, columns: int) -> None:
+    """Rounded, to the panel's columns of rows that begin at an address."""
+    for at in range(num_rows):
+        numbers = carray(pointer(out + 2 * at * num_outputs), columns, np.uint16)
+        for column in range(columns):
+            numbers[column] = narrow(sums[at, column])
 
-    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        count, row, row_bytes, panel, num_pairs, target, *ahead, _ = arguments
-        word = ir.IntType(64)
-        end = builder.function.append_basic_block("added")
-        choice = builder.switch(count, end)
-        offsets = range(0, PANEL // LANES * VECTOR_BYTES, VECTOR_BYTES)
-        for size in range(1, _ROWS + 1):
-            case = builder.function.append_basic_block(f"rows_{size}")
-            choice.add_case(word(size), case)
-            builder.position_at_end(case)
-            places = [
-                [builder.add(target, word(at * len(offsets) * VECTOR_BYTES + offset)) for offset in offsets]
-                for at in range(size)
-            ]
-            results = tile(
-                builder,
-                [builder.add(row, builder.mul(row_bytes, word(at))) for at in range(size)],
-                [builder.add(panel, word(offset)) for offset in offsets],
-                word(len(offsets) * VECTOR_BYTES),
-                num_pairs,
-                [[load(builder, place, SUMS) for place in own] for own in places],
-                ahead=ahead,
-                native=bool(native.literal_value),
-            )
-            for own, mine in zip(places, results, strict=True):
-                for place, result in zip(own, mine, strict=True):
-                    store(builder, result, place)
-            builder.branch(end)
-        builder.position_at_end(end)
-        return word(0)
 
-    return types.int64(count, row, row_bytes, panel, num_pairs, sums, ahead, more, native), emit
+@njit
+def _put_exceptions(exceptions: Any, at: int, end: int, block: int, first_pair: int, pairs: int) -> int:
+    """Into an expanded block, those that are its; returns where those of the next begin."""
+    weights = carray(pointer(block), RECORD_WEIGHTS * pairs, np.uint16)
+    while at < end:
+        place = (exceptions[at] >> 16) - RECORD_WEIGHTS * first_pair
+        if place >= RECORD_WEIGHTS * pairs:
+            break
+        weights[place] = exceptions[at] & 0xFFFF
+        at += 1
+    return at
 
 
 @functools.cache
-def panel_products(native: bool) -> Any:
-    """The kernel.
+def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
+    """The kernel for matrices of a form.
 
     Words: addresses of tokens `[M, K]` bf16, of panels, of a bias `[N]` bf16 or 0, of the result `[M, N]` bf16; M; N;
-    pairs of K; bytes from token to token.
+    pairs of K; bytes from token to token; addresses of `lowest`, `exceptions` and `starts`, or 0 (`panels.pack`).
     """
     instruction = int(native)
+    compact = form == TWELVE_BITS
+    record_bytes = RECORD_BYTES[form]
 
-    def run(words: Any) -> None:
+    def run(words: Any) -> None:  # noqa: PLR0915 - one function: what it hands on from block to block is all it knows
         num_tokens, num_outputs, num_pairs, row_bytes = words[4], words[5], words[6], words[7]
         num_panels = (num_outputs + PANEL - 1) // PANEL
-        num_blocks = (num_tokens + _BLOCK_ROWS - 1) // _BLOCK_ROWS
-        num_items = num_panels * num_blocks
-        members, member = num_threads(), thread_num()
+        num_row_blocks = (num_tokens + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+        num_items = num_panels * num_row_blocks
+        few = num_tokens <= ROWS
+        block_pairs = min(num_pairs, _FEW_RECORDS if few else BLOCK_RECORDS)
+        to_ahead = record_bytes * (_FEW_AHEAD if few else _MANY_AHEAD)
+        lowest = carray(pointer(words[8]), num_panels, np.int64)
+        starts = carray(pointer(words[10]), num_panels + 1, np.int64)
+        exceptions = carray(pointer(words[9]), starts[num_panels] if compact else 0, np.int64)
         sums = np.empty((_BLOCK_ROWS, PANEL), np.float32)
-        sums_at = np.int64(sums.ctypes.data)
-        for item in range(num_items * member // members, num_items * (member + 1) // members):
-            block, panel = item // num_panels, item % num_panels
-            first = num_tokens * block // num_blocks
-            num_rows = num_tokens * (block + 1) // num_blocks - first
+        scratch = np.empty(2 * block_pairs * RECORD_WEIGHTS + _LINE if compact else 1, np.uint16)
+        block = (np.int64(scratch.ctypes.data) + _LINE - 1) // _LINE * _LINE
+        other = block + _PLAIN_BYTES * block_pairs
+        members, member = num_threads(), thread_num()
+        begin, end = num_items * member // members, num_items * (member + 1) // members
+        if compact and begin < end:
+            panel = begin % num_panels
+            expand_block(words[1] + record_bytes * num_pairs * panel, block_pairs, lowest[panel], block)
+        for item in range(begin, end):
+            row_block, panel = item // num_panels, item % num_panels
+            next_panel = (item + 1) % num_panels if item + 1 < end else panel
+            first = num_tokens * row_block // num_row_blocks
+            num_rows = num_tokens * (row_block + 1) // num_row_blocks - first
+            passes = (num_rows + ROWS - 1) // ROWS
             columns = min(PANEL, num_outputs - panel * PANEL)
-            if words[2]:
-                bias = carray(pointer(words[2] + 2 * panel * PANEL), columns, np.uint16)
-                for at in range(num_rows):
-                    for column in range(columns):
-                        sums[at, column] = widen(bias[column])
-            else:
-                sums[:num_rows] = 0
-            passes = (num_rows + _ROWS - 1) // _ROWS
-            for begin in range(0, num_pairs, _BLOCK_PAIRS):
-                pairs = min(_BLOCK_PAIRS, num_pairs - begin)
-                place = words[1] + PAIR_BYTES * PANEL * (panel * num_pairs + begin)
-                following = place + PAIR_BYTES * PANEL * pairs
+            _begin_sums(sums, num_rows, words[2] + 2 * panel * PANEL if words[2] else 0, columns)
+            exception = starts[panel] if compact else 0
+            for first_pair in range(0, num_pairs, block_pairs):
+                pairs = min(block_pairs, num_pairs - first_pair)
+                last = first_pair + pairs == num_pairs
+                next_pair = num_pairs * (next_panel if last else panel) + (0 if last else first_pair + pairs)
+                source = words[1] + record_bytes * next_pair
+                exponent = 0
+                if compact:
+                    exponent = lowest[next_panel if last else panel]
+                    exception = _put_exceptions(exceptions, exception, starts[panel + 1], block, first_pair, pairs)
+                else:
+                    block = words[1] + record_bytes * (num_pairs * panel + first_pair)
                 for turn in range(passes):
                     top = num_rows * turn // passes
-                    row = words[0] + (first + top) * row_bytes + PAIR_BYTES * begin
-                    # One pass asks for all of what follows, the first two of several for every other line each.
-                    line = following + VECTOR_BYTES * (turn % 2)
-                    other = line + VECTOR_BYTES if passes == 1 else line
                     count = num_rows * (turn + 1) // passes - top
-                    add_panel(count, row, row_bytes, place, pairs, sums_at + 4 * PANEL * top, line, other, instruction)
-            for at in range(num_rows):
-                target = words[3] + 2 * ((first + at) * num_outputs + panel * PANEL)
-                out = carray(pointer(target), columns, np.uint16)
-                for column in range(columns):
-                    out[column] = narrow(sums[at, column])
+                    row = words[0] + (first + top) * row_bytes + PAIR_BYTES * first_pair
+                    mine = np.int64(sums.ctypes.data) + 4 * PANEL * top
+                    # One pass asks for all of what follows, the first two of several for every other line each.
+                    line = source + to_ahead + _LINE * (turn % 2)
+                    more = line + _LINE if passes == 1 else line
+                    if turn == 0:
+                        add_block(
+                            count, row, row_bytes, block, pairs, mine, source, exponent, other, line, more, form, 1,
+                            instruction,
+                        )  # fmt: skip
+                    else:
+                        add_block(
+                            count, row, row_bytes, block, pairs, mine, source, exponent, other, line, more, form, 0,
+                            instruction,
+                        )  # fmt: skip
+                if compact:
+                    if last and pairs < block_pairs:  # it has not seen to all of the next panel's first block
+                        rest = (block_pairs - pairs, exponent, other + _PLAIN_BYTES * pairs)
+                        expand_block(source + record_bytes * pairs, *rest)
+                    block, other = other, block
+            out = words[3] + 2 * (first * num_outputs + panel * PANEL)
+            _end_sums(sums, num_rows, out, num_outputs, columns)
 
     return kernel(run)

@@ -10,7 +10,7 @@ On processors without the instruction the same step is made of float32 products,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -73,6 +73,7 @@ def tile(
     start: Sequence[Sequence[Any]] | None = None,
     *,
     ahead: Sequence[Any] = (),
+    meanwhile: Callable[[Any, Any], None] | None = None,
     native: bool,
 ) -> list[list[Any]]:
     """Emit the loop over `num_pairs` pairs; returns the sums `[row][vector]`, of type `SUMS`.
@@ -87,6 +88,7 @@ def tile(
         num_pairs: at least 1, an int64 value.
         start: what the sums begin with, 0 where None.
         ahead: addresses of what will be read after this; asked for meanwhile, 64 bytes and a `step` on with each pair.
+        meanwhile: emits what else is done with each pair, given builder and the pair's number.
         native: see `has_pair_products`.
     """
     zero = ir.Constant(SUMS, [0.0] * LANES)
@@ -104,7 +106,9 @@ def tile(
     column_offset = builder.mul(pair, step)
     vectors = [load(builder, builder.add(base, column_offset), WORDS) for base in columns]
     for base in ahead:
-        _fetch(builder, builder.add(base, column_offset))
+        fetch(builder, builder.add(base, column_offset))
+    if meanwhile is not None:
+        meanwhile(builder, pair)
     results = []
     for base, own in zip(rows, sums, strict=True):
         shared = splat(builder, load(builder, builder.add(base, row_offset), _WORD))
@@ -138,7 +142,7 @@ def splat(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(single, undefined, ir.Constant(WORDS, [0] * LANES))
 
 
-def _fetch(builder: Any, address: Any) -> None:
+def fetch(builder: Any, address: Any) -> None:
     """Ask for a line of memory, which the processor's own prefetching may not reach: it stops at borders of 4 KiB."""
     place = builder.inttoptr(address, ir.IntType(8).as_pointer())
     call(builder, "llvm.prefetch.p0", ir.VoidType(), place, _WORD(0), _WORD(_NEAR), _WORD(1))

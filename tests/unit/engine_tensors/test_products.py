@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("numba")
 
+from engine.cpu.panels import PLAIN, TWELVE_BITS
 from engine.cpu.products import Products
 from engine.cpu.tiles import has_pair_products
 
@@ -43,3 +44,36 @@ def test_threads_change_no_bit(threads: int) -> None:
         assert torch.equal(product(hidden[5:6]), alone[5:6])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 200), (96, 530), (64, 1024)])
+def test_weights_in_twelve_bits_are_the_weights(num_outputs: int, num_inputs: int, native: bool) -> None:
+    torch.manual_seed(num_inputs)
+    weight = torch.randn(num_outputs, num_inputs).bfloat16()
+    for number in (0.0, -0.0, 2.0**-120, -(2.0**-20), 3.0e38, 1.0e-40, -17.0):  # exceptions wherever they fall
+        for _ in range(num_outputs * num_inputs // 10000 + 1):
+            weight[torch.randint(num_outputs, ()), torch.randint(num_inputs, ())] = number
+    weight[-32:] *= 2.0**-60  # a panel of its own range
+    products = Products(native=native)
+    packed = products.pack(weight)
+    assert packed.form == TWELVE_BITS
+    assert packed.arrays["panels"].numel() == 3 * weight.numel() // 2 + 128 * 96
+    product = products.product(packed, None)
+    one = torch.eye(num_inputs).bfloat16()  # each input alone: a product is the weight itself
+    tiny = weight.abs() < torch.finfo(torch.bfloat16).tiny  # the instruction takes them for 0
+    assert torch.equal(product(one), torch.where(tiny, 0.0, weight).T if native else weight.T)
+    for begin in range(0, num_inputs, num_inputs // 7):
+        assert torch.equal(product(one[begin : begin + 3]), product(one)[begin : begin + 3])
+
+
+def test_a_matrix_of_many_exponents_stays_plain() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 90).bfloat16()
+    spread = weight * 2.0 ** torch.randint(-20, 20, weight.shape)
+    products = Products()
+    assert products.pack(weight).form == TWELVE_BITS
+    packed = products.pack(spread.bfloat16())
+    assert packed.form == PLAIN
+    hidden = torch.eye(90).bfloat16()
+    assert torch.equal(products.product(packed, None)(hidden), spread.bfloat16().T)

@@ -1,0 +1,142 @@
+"""Blocks of a panel: multiplied with up to 12 tokens, while the next one is expanded and the one after it asked for.
+
+To expand takes no time of its own: a few simple instructions a record, between those of the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from engine.cpu.panels import PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS
+from engine.cpu.tiles import LANES, SUMS, VECTOR_BYTES, fetch, load, store, tile
+
+ROWS = 12
+"""Tokens at a time: with two vectors of outputs, 24 sums in registers."""
+
+_WORD, _HALF, _INDEX = (ir.IntType(bits) for bits in (64, 16, 32))
+_BYTES, _HALVES = (ir.VectorType(ir.IntType(bits), PANEL) for bits in (8, 16))
+
+
+@intrinsic(prefer_literal=True)
+def add_block(
+    _context: Any, count: Any, row: Any, row_bytes: Any, block: Any, num_pairs: Any, sums: Any, source: Any,
+    lowest: Any, target: Any, line: Any, other_line: Any, form: Any, first: Any, native: Any,
+) -> Any:  # fmt: skip
+    """Add to the sums of some rows their products with a block of plain records.
+
+    Args:
+        _context: numba's.
+        count: of rows, 1 to 12; later passes are for 6 and more.
+        row: address of the first row's first pair.
+        row_bytes: from row to row.
+        block: address of the records.
+        num_pairs: records of the block.
+        sums: address of the rows' sums, `[count, 32]` float32.
+        source: address of as many records that come next, which the first pass expands if they are in 12 bits.
+        lowest: their lowest exponent.
+        target: address to expand them to, exceptions aside.
+        line: address of a line that is asked for meanwhile, and of so many, a record of the form apart.
+        other_line: likewise.
+        form: of the matrix; literal.
+        first: whether this is the block's first pass; literal.
+        native: see `tile`; literal.
+    """
+    kind, is_first, instruction = (argument.literal_value for argument in (form, first, native))
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        count, row, row_bytes, block, num_pairs, sums, source, lowest, target, line, other_line, *_ = arguments
+        exponent = _spread_exponent(builder, lowest)
+
+        def meanwhile(builder: Any, pair: Any) -> None:
+            offset = builder.mul(pair, _WORD(RECORD_BYTES[kind]))
+            for place in (line, other_line):
+                fetch(builder, builder.add(place, offset))
+            if is_first and kind == TWELVE_BITS:
+                out = builder.add(target, builder.mul(pair, _WORD(RECORD_BYTES[PLAIN])))
+                _expand(builder, builder.add(source, offset), exponent, out)
+
+        end = builder.function.append_basic_block("added")
+        choice = builder.switch(count, end)
+        offsets = range(0, PANEL // LANES * VECTOR_BYTES, VECTOR_BYTES)
+        for size in range(1 if is_first else ROWS // 2, ROWS + 1):
+            case = builder.function.append_basic_block(f"rows_{size}")
+            choice.add_case(_WORD(size), case)
+            builder.position_at_end(case)
+            places = [
+                [builder.add(sums, _WORD(at * len(offsets) * VECTOR_BYTES + offset)) for offset in offsets]
+                for at in range(size)
+            ]
+            results = tile(
+                builder,
+                [builder.add(row, builder.mul(row_bytes, _WORD(at))) for at in range(size)],
+                [builder.add(block, _WORD(offset)) for offset in offsets],
+                _WORD(len(offsets) * VECTOR_BYTES),
+                num_pairs,
+                [[load(builder, place, SUMS) for place in own] for own in places],
+                meanwhile=meanwhile,
+                native=bool(instruction),
+            )
+            for own, mine in zip(places, results, strict=True):
+                for place, result in zip(own, mine, strict=True):
+                    store(builder, result, place)
+            builder.branch(end)
+        builder.position_at_end(end)
+        return _WORD(0)
+
+    integers = (count, row, row_bytes, block, num_pairs, sums, source, lowest, target, line, other_line)
+    return types.int64(*integers, form, first, native), emit
+
+
+@intrinsic
+def expand_block(_context: Any, source: Any, num_pairs: Any, lowest: Any, target: Any) -> Any:
+    """Expand at least one record in 12 bits, exceptions aside, with no products meanwhile."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        source, num_pairs, lowest, target = arguments
+        exponent = _spread_exponent(builder, lowest)
+        before = builder.block
+        loop, after = (builder.function.append_basic_block(name) for name in ("record", "expanded"))
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        pair = builder.phi(_WORD)
+        pair.add_incoming(_WORD(0), before)
+        record, out = (
+            builder.add(base, builder.mul(pair, _WORD(RECORD_BYTES[form])))
+            for base, form in ((source, TWELVE_BITS), (target, PLAIN))
+        )
+        _expand(builder, record, exponent, out)
+        following = builder.add(pair, _WORD(1))
+        pair.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, num_pairs), loop, after)
+        builder.position_at_end(after)
+        return _WORD(0)
+
+    return types.int64(source, num_pairs, lowest, target), emit
+
+
+def _expand(builder: Any, record: Any, exponent: Any, target: Any) -> None:
+    """Emit what makes a plain record at `target` of the one at an address."""
+    codes = builder.zext(load(builder, builder.add(record, _WORD(RECORD_WEIGHTS)), _BYTES), _HALVES)
+    low = builder.shl(builder.and_(codes, _all(15)), _all(7))
+    high = builder.and_(builder.shl(codes, _all(3)), _all(15 << 7))
+    for offset, code in ((0, low), (PANEL, high)):
+        spread = builder.sext(load(builder, builder.add(record, _WORD(offset)), _BYTES), _HALVES)
+        rest = builder.and_(spread, _all(0x807F))
+        weights = builder.add(builder.or_(rest, code), exponent)
+        store(builder, weights, builder.add(target, _WORD(2 * offset)))
+
+
+def _spread_exponent(builder: Any, exponent: Any) -> Any:
+    """Emit an exponent in its place in every half of a vector."""
+    half = builder.shl(builder.trunc(exponent, _HALF), _HALF(7))
+    undefined = ir.Constant(_HALVES, ir.Undefined)
+    single = builder.insert_element(undefined, half, _INDEX(0))
+    return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_INDEX, PANEL), [0] * PANEL))
+
+
+def _all(number: int) -> Any:
+    return ir.Constant(_HALVES, [number] * PANEL)
