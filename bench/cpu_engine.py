@@ -2,10 +2,10 @@
 
     python bench/cpu_engine.py [--threads 2] [--batches 1,8,32] [--context 160] [--prompts 1024,4096] [--split]
 
-The model is a random-weight Qwen3-0.6B in bfloat16 (`bench/random_checkpoint.py`). The limit of a decode step
-is the larger of reading weights and pages once at the measured bandwidth and of its operations at the measured matrix
-rate; the limit of a prompt is its operations, causal attention counted once. `--split` says where a step's time goes,
-by a clock around every operation of the backend.
+The model is a random-weight Qwen3-0.6B in bfloat16 (`bench/random_checkpoint.py`). The limit of a decode step is the
+larger of reading weights, as they lie in memory, and pages once at the measured bandwidth and of its operations at the
+measured matrix rate; the limit of a prompt is its operations, causal attention counted once. `--split` says where a
+step's time goes, by a clock around every operation of the backend.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from machine import describe
 from machine_limits import Limits, measure
 from random_checkpoint import random_checkpoint
 
+from engine.cpu.backend import suits_own_products
+from engine.cpu.panels import PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS
 from engine.kv_pool import allocate_pool
 from engine.load import LoadedModel, load_model
 from engine.model_config import ModelConfig
@@ -139,7 +141,8 @@ def decode_limit_s(config: ModelConfig, limits: Limits, batch: int, context: int
     """No step can be shorter: bytes over bandwidth, operations over matrix rate, whichever is more."""
     layers, head = matrix_weights(config)
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
-    read_s = ((layers + head) * 2 + batch * context * token_bytes) / (limits.read_gb_s * 1e9)
+    weight_bytes = RECORD_BYTES[TWELVE_BITS if suits_own_products() else PLAIN] / RECORD_WEIGHTS
+    read_s = ((layers + head) * weight_bytes + batch * context * token_bytes) / (limits.read_gb_s * 1e9)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
     return max(read_s, batch * (2 * (layers + head) + attention) / (limits.gflop_s * 1e9))
 

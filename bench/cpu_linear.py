@@ -3,7 +3,8 @@
     python bench/cpu_linear.py [--threads 2]
 
 All 28 layers of Qwen3-0.6B's shape in bfloat16, so that weights come from memory and not from a cache. The limit is
-reading the weights once at the bandwidth of a plain sum over as many bytes, measured in the same run.
+reading the weights once, two bytes each, at the bandwidth of a plain sum over as many bytes, measured in the same run;
+our own products read a quarter less (`engine/cpu/panels.py`), and can be below it.
 """
 
 from __future__ import annotations
