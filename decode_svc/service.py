@@ -25,6 +25,7 @@ from fleet.worker_link import WorkerLink
 from fleet.worker_metrics import WorkerMetrics
 from fleet.worker_run import run_worker
 from kvtransfer.endpoint import EndpointConfig, HandOffEndpoint
+from kvtransfer.first_touch import FirstTouch
 from kvtransfer.host import host_identity
 from kvtransfer.layout import PageLayout
 from kvtransfer.limits import HandOffLimits
@@ -47,12 +48,14 @@ async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
     opened = await asyncio.to_thread(open_model, settings, ceiling_bytes=place.ceiling_bytes)
     plan = opened.plan
     region = place.create(settings.name, num_pages=plan.num_pages, page_bytes=plan.page_bytes)
+    first_touch = FirstTouch(region)
     try:
         async with Bus(BusConfig.of(settings)) as bus:
             peer = new_peer(name=settings.name, kind="decode", address=bus.address)
             transports = build_transports(place.transports, region)
-            await _run(settings, stop, opened, region, transports, bus, peer)
+            await _run(settings, stop, opened, region, first_touch, transports, bus, peer)
     finally:
+        first_touch.close()
         region.unlink()
         region.close()
 
@@ -62,6 +65,7 @@ async def _run(
     stop: asyncio.Event,
     opened: OpenModel,
     region: Region,
+    first_touch: FirstTouch,
     transports: Transports,
     bus: Bus,
     peer: PeerRef,
@@ -69,6 +73,8 @@ async def _run(
     fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
     departure = Departure(stop, grace_s=settings.drain_timeout_s)
     engine = opened.over(region.buffer, fingerprint, decodes=True)
+    engine.pool.set_growth_hook(first_touch.follow)
+    first_touch.must_wait = engine.activity.is_any
     limits = DecodeLimits(
         max_model_len=opened.plan.max_model_len,
         max_num_seqs=settings.max_num_seqs,

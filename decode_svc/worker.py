@@ -130,7 +130,7 @@ class DecodeWorker:
 
     def on_scheduled(self, plan: StepPlan | None) -> None:
         """Before a step: whoever lost its pages goes back to its gateway, to be replayed."""
-        self._engine.show_work(plan)
+        self._engine.activity.show(plan)
         for sequence in self._scheduler.take_returned():
             _log.info("out of pages, sequence goes back", request_id=sequence.request_id)
             self._left(sequence)

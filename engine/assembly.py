@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.activity import Activity
 from engine.cpu.shared_cores import SharedCores
 from engine.grammar.desk import GrammarDesk
 from engine.hub import resolve_model
@@ -21,7 +22,6 @@ from engine.kv_pool import allocate_pool, kv_page_bytes, pool_over
 from engine.load import LoadedModel, load_model
 from engine.memory import PoolPlan, available_memory_bytes, plan_pool
 from engine.pages import PagePool
-from engine.plan import StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.runner import DecodeForward, ModelRunner, input_shape
 from fleet import model_files
@@ -46,18 +46,12 @@ class Engine:
     cache: PrefixCache
     runner: ModelRunner
     grammars: GrammarDesk
-    cores: SharedCores | None = None
+    activity: Activity
 
     def close(self) -> None:
         """End what runs beside the steps."""
         self.grammars.close()
-        if self.cores is not None:
-            self.cores.close()
-
-    def show_work(self, plan: StepPlan | None) -> None:
-        """Whether there is something to compute now, for those who share cores with us; called as steps are planned."""
-        if self.cores is not None:
-            (self.cores.rest if plan is None else self.cores.work)()
+        self.activity.close()
 
     def load(self, *, num_running: int, num_waiting: int, waiting_tokens: int = 0) -> WorkerLoad:
         """The worker's figures as heartbeats carry them."""
@@ -160,7 +154,7 @@ class OpenModel:
         grammars.warm()
         graphs = self._graphs(tensor) if decodes and self.model.device.type == "cuda" else None
         runner = ModelRunner(self.model, tensor, plan.page_size, grammars, graphs)
-        return Engine(plan.page_bytes, pool, cache, runner, grammars, self.cores)
+        return Engine(plan.page_bytes, pool, cache, runner, grammars, Activity(self.cores))
 
     def _graphs(self, pool: torch.Tensor) -> DecodeForward:
         from engine.decode_graphs import DecodeGraphs, cuda_capture

@@ -44,17 +44,19 @@ class PagePool:
         self._num_references = [0] * num_pages
         self._writer = [_NO_WRITER] * num_pages  # generation per page
         self._named = bytearray(num_pages)
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free: list[int] = []  # let go
+        self._num_begun = 0  # pages before this one have been taken at some time, the others are free
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._grants: dict[int, tuple[int, ...]] = {}  # open generations
         self._num_quarantined = 0
         self._last_generation = _NO_WRITER
         self._on_evict: Callable[[int], None] | None = None
+        self._on_growth: Callable[[int], None] | None = None
 
     @property
     def num_free(self) -> int:
         """Pages that `allocate` could give now, idle ones included."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + self.num_pages - self._num_begun + len(self._idle)
 
     @property
     def num_cached(self) -> int:
@@ -76,15 +78,19 @@ class PagePool:
     def allocate(self, num_pages: int) -> list[int]:
         """Take pages that nobody owns, each with one reference: all of them or none.
 
-        Free pages go first, then idle ones, least recently used first; of a chain released together the tail
-        goes before the head, so that what remains is still a prefix.
+        Free pages go first, those that were used last before those that never were, whose memory the system has yet
+        to find; then idle ones, least recently used first; of a chain released together the tail goes before the head,
+        so that what remains is still a prefix.
 
         Raises:
             OutOfPages: fewer than `num_pages` are available.
         """
         if num_pages > self.num_free:
             raise OutOfPages(needed=num_pages, available=self.num_free)
-        page_ids = [self._free.pop() if self._free else self._evict() for _ in range(num_pages)]
+        num_begun = self._num_begun
+        page_ids = [self._take() for _ in range(num_pages)]
+        if self._num_begun != num_begun and self._on_growth is not None:
+            self._on_growth(self._num_begun)
         for page_id in page_ids:
             self._num_references[page_id] = 1
         return page_ids
@@ -173,6 +179,14 @@ class PagePool:
         """Whether the page has a name in the prefix cache."""
         return bool(self._named[page_id])
 
+    # memory
+
+    def set_growth_hook(self, on_growth: Callable[[int], None]) -> None:
+        """Call `on_growth(n)` when pages are taken that never were before: from then on those are the first `n`."""
+        if self._on_growth is not None:
+            raise BrokenInvariant("the pool's growth is followed already")
+        self._on_growth = on_growth
+
     # tests
 
     def check(self) -> None:
@@ -181,7 +195,7 @@ class PagePool:
         Raises:
             BrokenInvariant: one does not hold.
         """
-        free = set(self._free)
+        free = {*self._free, *range(self._num_begun, self.num_pages)}
         quarantined = 0
         for page_id in range(self.num_pages):
             used = self._num_references[page_id] > 0
@@ -196,7 +210,7 @@ class PagePool:
                 f"page {page_id} has a writer that no grant knows",
             )
             quarantined += written and not used
-        _require(len(free) == len(self._free), "a page is free twice")
+        _require(len(free) == len(self._free) + self.num_pages - self._num_begun, "a page is free twice")
         _require(quarantined == self._num_quarantined, "quarantined pages are miscounted")
         for generation, page_ids in self._grants.items():
             _require(
@@ -212,6 +226,14 @@ class PagePool:
             self._idle[page_id] = None
         else:
             self._free.append(page_id)
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self._num_begun < self.num_pages:
+            self._num_begun += 1
+            return self._num_begun - 1
+        return self._evict()
 
     def _evict(self) -> int:
         page_id, _ = self._idle.popitem(last=False)

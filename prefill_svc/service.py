@@ -19,6 +19,7 @@ from fleet.worker_link import WorkerLink
 from fleet.worker_metrics import WorkerMetrics
 from fleet.worker_run import run_worker
 from kvtransfer.endpoint import EndpointConfig, HandOffEndpoint
+from kvtransfer.first_touch import FirstTouch
 from kvtransfer.host import host_identity
 from kvtransfer.layout import PageLayout
 from kvtransfer.limits import HandOffLimits
@@ -42,12 +43,14 @@ async def serve(settings: PrefillSettings, stop: asyncio.Event) -> None:
     opened = await asyncio.to_thread(open_model, settings, ceiling_bytes=place.ceiling_bytes)
     plan = opened.plan
     region = place.create(settings.name, num_pages=plan.num_pages, page_bytes=plan.page_bytes)
+    first_touch = FirstTouch(region)
     try:
         async with Bus(BusConfig.of(settings)) as bus:
             peer = new_peer(name=settings.name, kind="prefill", address=bus.address)
             transports = build_transports(place.transports, region)
-            await _run(settings, stop, opened, region, transports, bus, peer)
+            await _run(settings, stop, opened, region, first_touch, transports, bus, peer)
     finally:
+        first_touch.close()
         region.unlink()
         region.close()
 
@@ -57,6 +60,7 @@ async def _run(
     stop: asyncio.Event,
     opened: OpenModel,
     region: Region,
+    first_touch: FirstTouch,
     transports: Transports,
     bus: Bus,
     peer: PeerRef,
@@ -64,6 +68,8 @@ async def _run(
     fingerprint = PageLayout(**opened.page_facts).fingerprint(opened.model.fingerprint)
     departure = Departure(stop, grace_s=settings.drain_timeout_s)
     engine = opened.over(region.buffer, fingerprint)
+    engine.pool.set_growth_hook(first_touch.follow)
+    first_touch.must_wait = engine.activity.is_any
     limits = PrefillLimits(
         max_model_len=opened.plan.max_model_len,
         max_step_tokens=settings.max_step_tokens,

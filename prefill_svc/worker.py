@@ -174,7 +174,7 @@ class PrefillWorker:
 
     def on_scheduled(self, plan: StepPlan | None) -> None:
         """Before a step: tell gateways what begins, and ask for room at the takers while the chunk computes."""
-        self._engine.show_work(plan)
+        self._engine.activity.show(plan)
         for row in plan.rows if plan is not None else ():
             sequence = row.sequence
             key = (sequence.request_id, sequence.epoch)

@@ -60,6 +60,10 @@ class SharedCores:
         if self._slot is not None:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._slot)
 
+    def others_work(self) -> bool:
+        """Whether another worker computes now; from any thread."""
+        return self._num_others(0, MAX_SLOTS) > 0
+
     def refresh(self) -> None:
         """Set torch's threads to our present share, for products that the calling thread begins from now on."""
         threads = max(self._own, self._cores // (1 + self._num_others(0, MAX_SLOTS)))

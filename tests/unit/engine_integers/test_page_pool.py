@@ -136,8 +136,24 @@ def test_misuse_is_loud() -> None:
         pool.set_evict_hook(lambda _: None)
 
 
+def test_growth_is_told_where_pages_are_taken_that_never_were_before() -> None:
+    pool = PagePool(6, 4)
+    grown: list[int] = []
+    pool.set_growth_hook(grown.append)
+    first = pool.allocate(2)
+    pool.release(first)
+    assert set(pool.allocate(3)) > set(first)
+    pool.mark_named(first[0])
+    pool.release([first[0]])
+    pool.allocate(4)
+    assert grown == [2, 3, 6]
+    with pytest.raises(BrokenInvariant, match="followed"):
+        pool.set_growth_hook(grown.append)
+
+
 def test_check_notices_a_lost_page() -> None:
     pool = PagePool(4, 4)
+    pool.release(pool.allocate(1))
     pool._free.pop()
     with pytest.raises(BrokenInvariant):
         pool.check()

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.activity import Activity
 from engine.cpu.shared_cores import SharedCores
+from engine.plan import StepPlan
 from fleet.errors import SettingsError
 
 NEIGHBOUR = """
@@ -80,6 +82,29 @@ def test_an_idle_core_is_lent_and_comes_back_when_its_worker_has_work_or_is_dead
         ours.close()
         other.end()
         third.end()
+
+
+def test_what_can_wait_waits_for_every_worker_of_the_machine(tmp_path: Path) -> None:
+    path = shared(tmp_path, 2)
+    ours, other = Activity(SharedCores(path, 1)), Neighbour(path)
+    try:
+        assert not ours.is_any()
+        ours.show(StepPlan(()))
+        assert ours.is_any()
+        other.do("work")
+        ours.show(None)
+        assert ours.is_any()
+        other.do("rest")
+        assert not ours.is_any()
+    finally:
+        ours.close()
+        other.end()
+    alone = Activity(None)
+    alone.show(StepPlan(()))
+    assert alone.is_any()
+    alone.show(None)
+    assert not alone.is_any()
+    alone.close()
 
 
 def test_nobody_gets_less_than_what_is_its_own(tmp_path: Path) -> None:
