@@ -55,10 +55,10 @@ def test_out_of_pages_the_youngest_goes_back_and_still_ends_right(fleet: Fleet) 
     assert together == alone
     until(
         lambda: fleet.metric("baton_worker_returned_total", reason="out_of_pages") > 0,
-        within_s=3,
+        within_s=20,
         what="some sequence was given back",
     )
-    until(lambda: fleet.metric("baton_worker_pages", state="used") == 0, within_s=3, what="all pages are back")
+    until(lambda: fleet.metric("baton_worker_pages", state="used") == 0, within_s=20, what="all pages are back")
 
 
 def test_a_full_queue_is_told_at_once_and_nobody_else_suffers(fleet: Fleet) -> None:

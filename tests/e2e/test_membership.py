@@ -127,13 +127,13 @@ async def test_a_frozen_worker_costs_a_pause_and_wakes_up_clean(fleet: Fleet) ->
         await asyncio.to_thread(
             until,
             lambda: fleet.metric("baton_worker_pages", state="used", worker=victim) == 0,
-            within_s=5,
+            within_s=20,
             what="the woken worker has freed its pages",
         )
         await asyncio.to_thread(
             until,
             lambda: fleet.metric("baton_worker_stale_messages_total") > stale,
-            within_s=5,
+            within_s=20,
             what="what the woken worker still had to say is counted",
         )
         assert await asyncio.gather(*(ask(client, number, 200) for number in range(4))) == undisturbed

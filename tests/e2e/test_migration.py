@@ -138,7 +138,7 @@ async def all_pages_back(fleet: Fleet) -> None:
         await asyncio.to_thread(
             until,
             partial(has_no_pages, fleet, state),
-            within_s=5,
+            within_s=20,
             what=f"no page is {state}",
         )
 
@@ -201,7 +201,7 @@ async def test_a_taker_killed_amid_the_moves_costs_no_token(fleet: Fleet) -> Non
                 await chunks.acquire()
             service = fleet.services[leaving]
             going = tasks.create_task(leave(fleet, leaving))
-            await asyncio.to_thread(until, partial(is_moving, service), within_s=5, what="a move")
+            await asyncio.to_thread(until, partial(is_moving, service), within_s=20, what="a move")
             fleet.forget(dying).kill()
         assert [task.result().whole for task in running] == [answer.whole for answer in undisturbed]
         assert "Traceback" not in going.result().text()

@@ -615,7 +615,7 @@ def test_samples_share_the_pages_of_their_prompt(fleet: Fleet, wire: Wire) -> No
         def cached() -> list[bytes | None]:
             return [redis.hget(f"{fleet.namespace}:request:{name}", "cached_tokens") for name in names]
 
-        until(lambda: None not in cached(), within_s=5, what="states are in Redis")
+        until(lambda: None not in cached(), within_s=20, what="states are in Redis")
         assert [int(count or 0) for count in cached()] == [0] + [99 // PAGE * PAGE] * 4
 
 

@@ -181,7 +181,7 @@ def decode_worker_of(fleet: Fleet, request_id: str) -> str:
         hops = httpx.get(f"{fleet.url}/v1/requests/{request_id}").json().get("hops", [])
         return next((hop["worker"] for hop in hops if hop["role"] == "decode"), None)
 
-    found: str = until(find, within_s=5, what="the request is decoded")
+    found: str = until(find, within_s=20, what="the request is decoded")
     return found
 
 

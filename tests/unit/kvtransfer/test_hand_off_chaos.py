@@ -16,7 +16,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.hand_off_world import LIMITS, PAGE_SIZE, Process, World
+from support.hand_off_process import LIMITS, PAGE_SIZE, Process
+from support.hand_off_world import World
 
 from kvtransfer.actions import FailReason, Given, HandOffFailed
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.hand_off_world import LIMITS, PAGE_SIZE, World, page_content, page_name
+from support.hand_off_process import LIMITS, PAGE_SIZE, page_content, page_name
+from support.hand_off_world import World
 
 from fleet.hand_off_messages import Alive, Commit, Grant, Offer, Pages, RefuseReason, Released
 from kvtransfer.actions import (

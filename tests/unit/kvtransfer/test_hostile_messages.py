@@ -6,7 +6,8 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.hand_off_world import LIMITS, PAGE_SIZE, World, sim_passport
+from support.hand_off_process import LIMITS, PAGE_SIZE, sim_passport
+from support.hand_off_world import World
 from support.passports import make_fingerprint
 
 from fleet.errors import WireError

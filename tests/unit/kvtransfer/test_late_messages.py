@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from support.hand_off_world import LIMITS, PAGE_SIZE, World
+from support.hand_off_process import LIMITS, PAGE_SIZE
+from support.hand_off_world import World
 
 from fleet.hand_off_messages import Abort, Ack, Commit, Grant, Offer, Pages, PagesTaken
 from kvtransfer.actions import FailReason, Given, Granted, HandOffFailed, Send, Store

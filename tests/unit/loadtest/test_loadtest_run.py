@@ -27,7 +27,7 @@ def command(fake: Fake, path: Path, *words: str) -> tuple[int, dict[str, Any]]:
 def test_an_open_loop_measures_what_the_server_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serve(Fake(ttft_s=0.05, itl_s=0.02)) as fake:
         words = ["--rate", "40", "--num-requests", "24", "--output-len", "6", "--warmup", "2"]
-        code, report = command(fake, tmp_path, *words, "--ttft-ms", "500", "--itl-ms", "200")
+        code, report = command(fake, tmp_path, *words, "--ttft-ms", "5000", "--itl-ms", "2000")
     assert code == 0
     assert (report["schema"], report["schema_version"]) == ("baton.loadtest", 1)
     assert len(fake.measured) == 26  # the warm-up is sent, and not reported
@@ -36,11 +36,12 @@ def test_an_open_loop_measures_what_the_server_does(tmp_path: Path, capsys: pyte
     summary = report["summary"]
     assert (summary["num_sent"], summary["num_ok"], summary["output_tokens"]) == (24, 24, 144)
     assert summary["input_tokens"] == 24 * 32  # /tokenize makes prompts exact, template included
-    assert 0.045 < summary["ttft_s"]["p50"] < 0.2
-    assert 0.019 < summary["itl_s"]["p50"] < 0.1
-    assert 0.019 < summary["tpot_s"]["p50"] < 0.1
+    # Above, only what a busy machine cannot reach and a mistaken unit would.
+    assert 0.045 < summary["ttft_s"]["p50"] < 2
+    assert 0.019 < summary["itl_s"]["p50"] < 1
+    assert 0.019 < summary["tpot_s"]["p50"] < 1
     assert summary["itl_s"]["count"] == 24 * 5
-    assert 0.145 < summary["e2e_s"]["p50"] < 0.7
+    assert 0.145 < summary["e2e_s"]["p50"] < 7
     assert summary["goodput"]["count"] == 24
     assert summary["goodput"]["requests_per_s"] == pytest.approx(24 / summary["duration_s"])
     due = [one["scheduled_s"] for one in report["requests"]]
@@ -51,7 +52,7 @@ def test_an_open_loop_measures_what_the_server_does(tmp_path: Path, capsys: pyte
         assert (one["outcome"], one["status"], one["num_chunks"]) == ("ok", 200, 6)
     assert report["client"]["loop_lag_s"]["count"] > 10
     printed = capsys.readouterr().out
-    for word in ("TTFT", "ITL", "TPOT", "E2E", "goodput", "event-loop lag", "TTFT <= 500 ms"):
+    for word in ("TTFT", "ITL", "TPOT", "E2E", "goodput", "event-loop lag", "TTFT <= 5000 ms"):
         assert word in printed
 
 
@@ -73,7 +74,7 @@ def test_a_capped_open_loop_holds_and_tells(tmp_path: Path) -> None:
     client = report["client"]
     assert client["num_unsent"] > 20  # due in half a second, and never sent
     assert client["held_s"]["max"] > 0.1
-    assert client["send_delay_s"]["p99"] < 0.1  # the wait for the cap is not the client's fault
+    assert client["send_delay_s"]["p99"] < client["held_s"]["max"] / 2  # the wait for the cap is not the client's fault
     assert all(one["sent_s"] < 0.6 for one in report["requests"])
 
 
