@@ -30,7 +30,7 @@ def fleet(module_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -
         fleet.start("prefill_svc", "p-odd", served_model_name="odd", dtype="bfloat16", kv_cache_dtype="auto")
         fleet.start("decode_svc", "d-odd", served_model_name="odd", dtype="bfloat16", kv_cache_dtype="fp8_e4m3")
         fleet.gateway(worker_wait_s=1)
-        for name in ("shm", "tcp", "both"):
+        for name in ("shm", "tcp", "both", "odd"):
             fleet.wait_ready(model=name)
         yield fleet
 

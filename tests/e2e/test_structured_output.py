@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -163,8 +164,12 @@ async def test_a_constrained_stream_outlives_its_worker(fleet: Fleet, signum: si
         chunks: asyncio.Queue[str] = asyncio.Queue()
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(numbers(client, seed, seen=chunks.put_nowait)) for seed in range(4)]
-            for _ in range(80):
+            # Amid the first to come this far; it has hundreds of tokens left, so that its worker is found in time.
+            seen: Counter[str] = Counter()
+            request_id = ""
+            while seen[request_id] < 20:
                 request_id = await chunks.get()
+                seen[request_id] += 1
             victim = fleet.forget(await asyncio.to_thread(decode_worker_of, fleet, request_id))
             await asyncio.to_thread(victim.stop, signum)
         assert [task.result() for task in running] == undisturbed

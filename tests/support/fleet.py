@@ -24,6 +24,8 @@ DEMO_WORKER: dict[str, object] = {"model": DEMO, "served_model_name": "demo,bato
 DEMO_PREFILL = {**DEMO_WORKER, "max_step_tokens": 64}
 """Of the demo fleet: float32, so that answers are exactly repeatable; short steps, so that prompts take several."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written
+POOL_BYTES = 256 * 2**20
+"""Of each worker: a dozen of the demo model's longest sequences. Workers are many and fill their pools at start."""
 START_S = 60.0
 STOP_S = 20.0
 
@@ -83,9 +85,9 @@ class Fleet:
     def start(self, module: str, name: str, *, prefix: Sequence[str] = (), **settings: object) -> Service:
         """Start `python -m module` under this name, behind a command that starts others; settings as keywords."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
-        given = {"name": name, "redis_url": self.redis.url, "namespace": self.namespace, "threads": 1}
-        if module == "gateway":
-            del given["threads"]
+        given: dict[str, object] = {"name": name, "redis_url": self.redis.url, "namespace": self.namespace}
+        if module != "gateway":
+            given |= {"threads": 1, "kv_cache_bytes": POOL_BYTES}
         merged = {**self.settings, **given, **settings}
         environment |= {f"BATON_{key.upper()}": str(value) for key, value in merged.items()}
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from decode_svc.bank import DecodeBank
 from decode_svc.mover import Mover
 from decode_svc.worker import DecodeWorker
+from engine.activity import Activity
 from engine.assembly import Engine
 from engine.decode_scheduler import DecodeScheduler
 from engine.limits import DecodeLimits, PrefillLimits
@@ -175,7 +176,7 @@ class WorkerNode(Node):
         self.metrics = WorkerMetrics()
         runner = FakeRunner(NUM_PAGES, PAGE_SIZE, buffer=self.region.buffer)
         cache = PrefixCache(self.pool, fingerprint)
-        engine = Engine(PAGE_BYTES, self.pool, cache, cast("Any", runner), cast("Any", NoGrammars()))
+        engine = Engine(PAGE_BYTES, self.pool, cache, cast("Any", runner), cast("Any", NoGrammars()), Activity(None))
         record = WorkerRecord(
             peer=self.peer, role=role, model="m", fingerprint=fingerprint, model_files="", max_model_len=MAX_MODEL_LEN,
             max_num_seqs=8, page_size=PAGE_SIZE, num_pages=NUM_PAGES, host="h", pid=number, transports=("tcp",),
