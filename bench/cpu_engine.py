@@ -1,11 +1,12 @@
 """The engine alone, in this process, on the CPU: decoding and prefill, each beside the limit of the same run.
 
     python bench/cpu_engine.py [--threads 2] [--batches 1,8,32] [--context 160] [--prompts 1024,4096] [--split]
+                               [--weights DIR]
 
 The model is a random-weight Qwen3-0.6B in bfloat16 (`bench/random_checkpoint.py`). The limit of a decode step is the
 larger of reading weights, as they lie in memory, and pages once at the measured bandwidth and of its operations at the
 measured matrix rate; the limit of a prompt is its operations, causal attention counted once. `--split` says where a
-step's time goes, by a clock around every operation of the backend.
+step's time goes, by a clock around every operation of the backend. `--weights` maps packed weights from a file there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from random_checkpoint import random_checkpoint
 
 from engine.cpu.backend import suits_own_products
 from engine.cpu.panels import PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS
+from engine.cpu.weight_cache import WeightCache
 from engine.kv_pool import allocate_pool
 from engine.load import LoadedModel, load_model
 from engine.model_config import ModelConfig
@@ -196,12 +198,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--prompts", default="1024,4096")
     parser.add_argument("--chunk", type=int, default=CHUNK)
+    parser.add_argument("--weights", type=Path, help="directory of packed weights; without it, in memory of its own")
     parser.add_argument("--split", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     limits = measure(options.threads)
     split = Split()
-    model = load_model(random_checkpoint())
+    weights = WeightCache(options.weights) if options.weights else None
+    model = load_model(random_checkpoint(), weight_cache=weights)
     print(
         f"loaded in {model.load_s:.1f} s; {limits.threads} threads read {limits.read_gb_s:.1f} GB/s, "
         f"bfloat16 {limits.gflop_s:.0f} GFLOP/s"

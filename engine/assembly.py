@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from engine.activity import Activity
 from engine.cpu.shared_cores import SharedCores
+from engine.cpu.weight_cache import WeightCache
 from engine.grammar.desk import GrammarDesk
 from engine.hub import resolve_model
 from engine.kv_pool import allocate_pool, kv_page_bytes, pool_over
@@ -194,6 +196,7 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
     directory = resolve_model(settings.model)
     device = resolve_device(settings.device)
     cores = SharedCores(Path(settings.shared_cores), torch.get_num_threads()) if settings.shared_cores else None
+    weights = settings.weight_directory
     loaded = load_model(
         directory,
         settings.dtype,
@@ -201,6 +204,7 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         cores,
         quantization=settings.quantization,
         kv_cache_dtype=settings.kv_cache_dtype,
+        weight_cache=None if weights is None else WeightCache(weights),
     )
     plan = plan_pool(
         page_bytes=kv_page_bytes(loaded.config, settings.page_size, loaded.kv_dtype),
@@ -253,7 +257,8 @@ def _model_len(settings: WorkerSettings, loaded: LoadedModel) -> int:
 def _available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return available_memory_bytes()
+    # What we map of files, weights above all, counts as free too, but it must stay.
+    return max(0, available_memory_bytes() - int(psutil.Process().memory_info().shared))
 
 
 def _served_names(settings: WorkerSettings, directory: Path) -> tuple[str, ...]:

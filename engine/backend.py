@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple, Protocol, cast
 
 import torch
@@ -58,6 +59,17 @@ class Backend(Protocol):
 
         The caller drops its own reference, so a packed copy need not double the memory.
         """
+
+    def loading(self, model: str, num_bytes: int) -> AbstractContextManager[None]:
+        """Around the handing over of all matrices of one model, in which `named_linear` may be called.
+
+        Args:
+            model: names the values of the matrices; another model, or one changed, has another name.
+            num_bytes: that the matrices take in the model's dtype.
+        """
+
+    def named_linear(self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
+        """Like `linear`, of a matrix that is read only if the backend does not hold it already under this name."""
 
     def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear | None:
         """Take over an FP8 matrix and return its product of inputs of `dtype`; None if it cannot be made here.
@@ -143,6 +155,16 @@ class TorchBackend:
             return functional.linear(hidden, weight, bias)
 
         return product
+
+    def loading(self, model: str, num_bytes: int) -> AbstractContextManager[None]:
+        """Nothing is held beyond the process."""
+        del model, num_bytes
+        return nullcontext()
+
+    def named_linear(self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
+        """By `linear`."""
+        del name
+        return self.linear(read(), bias)
 
     def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear | None:
         """None: no FP8 products."""

@@ -9,6 +9,7 @@ BatonError
     ├── ReservationMismatch     what arrived does not fit the pages that were reserved for it
     ├── VocabularyUnusable      grammars cannot be enforced with this model's tokenizer
     ├── GrammarRejected         a grammar does not compile, or an output does not follow it
+    ├── WeightFileRefused       a file of packed weights is torn, foreign, or of another checkpoint
     ├── NoKernels               compiled CPU kernels cannot be had here
     ├── StepOutOfOrder          schedule and commit did not alternate
     └── BrokenInvariant         our own mistake: the page accounts or a plan contradict themselves
@@ -72,6 +73,10 @@ class StepOutOfOrder(EngineError):
 
 class BrokenInvariant(EngineError):
     """Our own mistake: a page was released twice, an output is not as long as its plan, and the like."""
+
+
+class WeightFileRefused(EngineError):
+    """A file of packed weights is torn, foreign, or of another checkpoint; it is not used."""
 
 
 class NoKernels(EngineError):

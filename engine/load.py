@@ -12,12 +12,13 @@ import torch
 from engine.backend import Backend, TorchBackend
 from engine.cpu.backend import CpuBackend
 from engine.cpu.shared_cores import SharedCores
+from engine.cpu.weight_cache import WeightCache
 from engine.fp8 import E4M3
 from engine.model_config import ModelConfig
 from engine.packed_backend import can_pack
 from engine.transformer import Transformer
 from engine.weight_loader import WeightLoader
-from engine.weights import Checkpoint, check_tensors, model_fingerprint, stored_dtype
+from engine.weights import Checkpoint, check_tensors, matrix_numbers, model_fingerprint, stored_dtype
 from fleet.errors import SettingsError, UnsupportedModel
 from fleet.logs import get_logger
 
@@ -74,6 +75,7 @@ def load_model(
     *,
     quantization: str = "auto",
     kv_cache_dtype: str = "auto",
+    weight_cache: WeightCache | None = None,
 ) -> LoadedModel:
     """Read configuration and weights of a Hugging Face directory.
 
@@ -90,6 +92,7 @@ def load_model(
         quantization: `auto`: as the checkpoint is; `fp8`: one that is unquantized is quantised as it is loaded, with a
             scale per output channel, embedding and vocabulary head aside.
         kv_cache_dtype: of pages: `auto`, the model's own; or `fp8_e4m3`.
+        weight_cache: where packed matrices may lie in a file for all workers of the machine; None: in own memory.
 
     Raises:
         ModelNotFound: files are missing.
@@ -105,16 +108,20 @@ def load_model(
         kv_dtype = resolve_kv_dtype(kv_cache_dtype, resolved, target)
         if quantization not in ("auto", "fp8"):
             raise SettingsError(f"BATON_QUANTIZATION = {quantization!r}: auto or fp8")
+        backend = _backend(config, resolved, target, cores, weight_cache)
         loader = WeightLoader(
             config,
             checkpoint,
             resolved,
             target,
-            _backend(config, resolved, target, cores),
+            backend,
             quantises=quantization == "fp8" and config.quantization is None,
             scales_pages=kv_dtype is E4M3,
         )
-        transformer = loader.transformer()
+        fingerprint = model_fingerprint(directory, config, quantization)
+        values = f"{fingerprint} {checkpoint.stamps()} {'pages scaled' if kv_dtype is E4M3 else ''}"
+        with backend.loading(values, matrix_numbers(config) * resolved.itemsize):
+            transformer = loader.transformer()
     if loader.num_widened:
         _log.warning(
             "FP8 matrices are dequantised, which needs the memory of unquantized ones: no FP8 products here",
@@ -130,7 +137,7 @@ def load_model(
         dtype=resolved,
         kv_dtype=kv_dtype,
         device=target,
-        fingerprint=model_fingerprint(directory, config, quantization),
+        fingerprint=fingerprint,
         weight_bytes=loader.weight_bytes,
         num_fp8=loader.num_fp8,
         num_widened=loader.num_widened,
@@ -173,7 +180,13 @@ def has_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
-def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device, cores: SharedCores | None) -> Backend:
+def _backend(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    cores: SharedCores | None,
+    weight_cache: WeightCache | None,
+) -> Backend:
     """The fastest backend that gives the specified results here. Raises: UnsupportedModel."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -182,4 +195,4 @@ def _backend(config: ModelConfig, dtype: torch.dtype, device: torch.device, core
 
         group = config.num_heads // config.num_kv_heads
         return KernelBackend(group=group, device=device, fp8=has_fp8(device))
-    return CpuBackend(cores) if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()
+    return CpuBackend(cores, weight_cache) if dtype is torch.bfloat16 and can_pack(device) else TorchBackend()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+
 import torch
 
 from engine.backend import Backend, HeadNorms, Linear
@@ -59,7 +63,7 @@ class WeightLoader:
         """The whole model."""
         config = self._config
         if config.tie_word_embeddings and not self._backend.packs:
-            embedding = self._stack(_EMBEDDING)
+            embedding = self._kept(_EMBEDDING)
             head = self._backend.linear(embedding, None)
         else:
             embedding = self._mapped(_EMBEDDING)
@@ -69,7 +73,7 @@ class WeightLoader:
             backend=self._backend,
             embedding=embedding,
             layers=tuple(self._layer(index) for index in range(config.num_layers)),
-            final_norm=self._stack(Part("model.norm")),
+            final_norm=self._kept(Part("model.norm")),
             lm_head=head,
             rotary=Rotary(config.rope, self._device),
         )
@@ -90,11 +94,11 @@ class WeightLoader:
             output=self._linear(config.o_bias, Part(f"{attention}.o_proj", value_scale)),
             gate_up=self._linear(config.mlp_bias, Part(f"{mlp}.gate_proj"), Part(f"{mlp}.up_proj")),
             down=self._linear(config.mlp_bias, Part(f"{mlp}.down_proj")),
-            attention_norm=self._stack(Part(f"{prefix}.input_layernorm")),
-            mlp_norm=self._stack(Part(f"{prefix}.post_attention_layernorm")),
+            attention_norm=self._kept(Part(f"{prefix}.input_layernorm")),
+            mlp_norm=self._kept(Part(f"{prefix}.post_attention_layernorm")),
             head_norms=HeadNorms(
-                self._stack(Part(f"{attention}.q_norm", in_norm)),
-                self._stack(Part(f"{attention}.k_norm", 1 / in_norm)),
+                self._kept(Part(f"{attention}.q_norm", in_norm)),
+                self._kept(Part(f"{attention}.k_norm", 1 / in_norm)),
                 config.rms_norm_eps,
             )
             if config.qk_norm
@@ -104,26 +108,38 @@ class WeightLoader:
 
     def _linear(self, has_bias: bool, *parts: Part, quantises: bool = True) -> Linear:
         """One product for several matrices of equal width, their rows stacked."""
-        bias = self._stack(*parts, kind="bias") if has_bias else None
+        bias = self._kept(*parts, kind="bias") if has_bias else None
         matrix = read_fp8(self._checkpoint, parts, self._config.quantization, self._device)
         if matrix is None:
-            num_widened = sum(is_fp8(self._checkpoint, part.name) for part in parts)
-            weight = self._stack(*parts)
             if not (quantises and self._quantises):
-                self.num_widened += num_widened
-                return self._backend.linear(weight, bias)
-            self.weight_bytes -= weight.nbytes
-            matrix = quantise_channels(weight)
-            del weight
+                self.num_widened += sum(is_fp8(self._checkpoint, part.name) for part in parts)
+                return self._take_over(parts, lambda: self._matrix(*parts), bias)
+            matrix = quantise_channels(self._stack(*parts))
         product = self._backend.fp8_linear(matrix, bias, self._dtype)
         if product is not None:
             self.num_fp8 += 1
             self.weight_bytes += matrix.num_bytes
             return product
         self.num_widened += 1
-        weight = matrix.dequantised(self._dtype)
-        self.weight_bytes += weight.nbytes
-        return self._backend.linear(weight, bias)
+        return self._take_over(parts, lambda: matrix.dequantised(self._dtype), bias)
+
+    def _take_over(self, parts: Many[Part], read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
+        """The backend's product of a matrix of the model's dtype, which it may hold already."""
+        numbers = sum(math.prod(self._checkpoint.tensors[f"{part.name}.weight"].shape) for part in parts)
+        self.weight_bytes += numbers * self._dtype.itemsize
+        return self._backend.named_linear("+".join(part.name for part in parts), read, bias)
+
+    def _kept(self, *parts: Part, kind: str = "weight") -> torch.Tensor:
+        """Stacked tensors that stay as they are."""
+        stacked = self._stack(*parts, kind=kind)
+        self.weight_bytes += stacked.nbytes
+        return stacked
+
+    def _matrix(self, *parts: Part) -> torch.Tensor:
+        """Stacked; but a backend that packs can as well be given what is mapped."""
+        if len(parts) == 1 and self._backend.packs:
+            return self._read(parts[0], "weight").to(self._dtype)
+        return self._stack(*parts)
 
     def _stack(self, *parts: Part, kind: str = "weight") -> torch.Tensor:
         """Tensors one below the other in new memory of the model's dtype and device, FP8 ones dequantised."""
@@ -134,7 +150,6 @@ class WeightLoader:
         for part, shape in zip(parts, shapes, strict=True):
             stacked[top : top + shape[0]].copy_(self._read(part, kind))
             top += shape[0]
-        self.weight_bytes += stacked.nbytes
         return stacked
 
     def _read(self, part: Part, kind: str) -> torch.Tensor:
@@ -151,6 +166,6 @@ class WeightLoader:
         """The tensor in the page cache if it can be used as it is, else a copy."""
         tensor = self._checkpoint.map_alone(f"{part.name}.weight")
         if tensor.dtype != self._dtype or self._device.type != "cpu":
-            return self._stack(part)
+            return self._kept(part)
         self.weight_bytes += tensor.nbytes
         return tensor

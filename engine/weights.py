@@ -86,6 +86,11 @@ class Checkpoint:
         rows = [view[at : min(at + width, length)] for at in (0, length // 2)]
         return b"".join(row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change in nanoseconds of every file: they tell apart what `sample` does not."""
+        abouts = ((name, (self._directory / name).stat()) for name in sorted(self._files))
+        return [(name, about.st_size, about.st_mtime_ns) for name, about in abouts]
+
     def _open(self, path: Path) -> None:
         try:
             handle: Any = safe_open(path, framework="pt", device="cpu")
@@ -150,6 +155,14 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def matrix_numbers(config: ModelConfig) -> int:
+    """Numbers in all matrices that hidden states are multiplied with: each layer's and the vocabulary head."""
+    shapes = expected_tensors(config)
+    if not config.tie_word_embeddings:
+        del shapes[_EMBEDDING]
+    return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
 
 
 def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta
 
-from fleet.settings import FleetSettings
+from fleet.settings import FleetSettings, user_cache
 
 
 class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,6 +29,13 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
     shared_cores: Annotated[
         str, Meta(description="file that says how many cores this machine's workers lend each other; empty: none")
     ] = ""
+    weight_cache: Annotated[
+        str,
+        Meta(
+            description="directory of packed weights that all workers of a machine map (bfloat16 on CPUs with "
+            "AVX512-BF16); auto: `baton/weights` in the user's cache; off: each packs its own"
+        ),
+    ] = "auto"
     page_size: Annotated[int, Meta(description="tokens per page", ge=1, le=1024)] = 16
     max_model_len: Annotated[int, Meta(description="longest prompt plus output; 0: the model's own", ge=0)] = 0
     max_num_seqs: Annotated[int, Meta(description="sequences that run at once", ge=1, le=65536)] = 64
@@ -55,6 +63,13 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
         str, Meta(description="for url the address to poll, for a cloud another base of its metadata service")
     ] = ""
     reclaim_file: Annotated[str, Meta(description="file whose appearance is a reclaim notice; empty: none")] = ""
+
+    @property
+    def weight_directory(self) -> Path | None:
+        """Where packed weights are kept, None for nowhere."""
+        if self.weight_cache == "off":
+            return None
+        return user_cache() / "weights" if self.weight_cache == "auto" else Path(self.weight_cache).expanduser()
 
     @property
     def transport_names(self) -> tuple[str, ...]:

@@ -69,6 +69,14 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key.startswith(PREFIX)}
 
 
+def user_cache(environ: Mapping[str, str] | None = None) -> Path:
+    """Where files of this user's belong that can be made again (XDG base directory specification)."""
+    environ = os.environ if environ is None else environ
+    home = environ.get("XDG_CACHE_HOME", "")
+    # The specification says to ignore relative paths.
+    return (Path(home) if home.startswith("/") else Path("~/.cache").expanduser()) / "baton"
+
+
 def load(
     kind: type[S],
     *,

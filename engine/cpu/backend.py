@@ -6,7 +6,9 @@ results are exact to the last bit that its tests compare.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,6 +18,7 @@ from engine.attention_inputs import InputShape, TableRow
 from engine.backend import HeadNorms, Linear
 from engine.cpu.attention_runs import PagedRows
 from engine.cpu.shared_cores import SharedCores
+from engine.cpu.weight_cache import PackedWeights, WeightCache
 from engine.errors import NoKernels
 from engine.inputs import StepInputs
 from engine.model_config import ModelConfig
@@ -34,8 +37,11 @@ _LANES = 16  # of slots and of dimensions in one vector of the kernels
 class CpuBackend(PackedBackend):
     """`PackedBackend` with kernels of its own. Not for two steps at once: it keeps buffers."""
 
-    def __init__(self, cores: SharedCores | None = None) -> None:
+    def __init__(self, cores: SharedCores | None = None, cache: WeightCache | None = None) -> None:
+        """`cores`: shared with other workers, as matrices packed by our own kernel are in `cache`."""
         self._cores = cores
+        self._cache = cache
+        self._weights = PackedWeights()
         self._rows = _row_kernels()
         self._products = _products() if self._rows is not None and suits_own_products() else None
 
@@ -44,6 +50,23 @@ class CpuBackend(PackedBackend):
         if self._products is None or weight.dtype is not torch.bfloat16:
             return super().linear(weight, bias)
         return self._products.linear(weight, bias)
+
+    @contextmanager
+    def loading(self, model: str, num_bytes: int) -> Iterator[None]:
+        """Matrices that our own kernel multiplies lie in a file that all workers of the machine map."""
+        if self._products is None or self._cache is None:
+            yield
+            return
+        with self._cache.opened(f"{self._products.layout} {model}", num_bytes) as self._weights:
+            yield
+        self._weights = PackedWeights()
+
+    def named_linear(self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
+        """From the file if it is there."""
+        products = self._products
+        if products is None:
+            return super().named_linear(name, read, bias)
+        return products.product(self._weights.matrix(name, lambda: products.pack(read())), bias)
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Compile, or load from the cache, all kernels of the model, so that no request waits for one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Many
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ class Driver:
     """
 
     def __init__(
-        self, directory: Path, *, dtype: str = "float32", page_size: int = 4, num_pages: int = 256, **how: str
+        self, directory: Path, *, dtype: str = "float32", page_size: int = 4, num_pages: int = 256, **how: Any
     ) -> None:
         self.model: LoadedModel = load_model(directory, dtype, **how)
         self.pool = allocate_pool(
