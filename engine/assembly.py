@@ -205,6 +205,7 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         quantization=settings.quantization,
         kv_cache_dtype=settings.kv_cache_dtype,
         weight_cache=None if weights is None else WeightCache(weights),
+        page_size=settings.page_size,
     )
     plan = plan_pool(
         page_bytes=kv_page_bytes(loaded.config, settings.page_size, loaded.kv_dtype),

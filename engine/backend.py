@@ -60,12 +60,13 @@ class Backend(Protocol):
         The caller drops its own reference, so a packed copy need not double the memory.
         """
 
-    def loading(self, model: str, num_bytes: int) -> AbstractContextManager[None]:
+    def loading(self, model: str, num_bytes: int, meanwhile: Callable[[], None]) -> AbstractContextManager[None]:
         """Around the handing over of all matrices of one model, in which `named_linear` may be called.
 
         Args:
             model: names the values of the matrices; another model, or one changed, has another name.
             num_bytes: that the matrices take in the model's dtype.
+            meanwhile: called before another worker is waited for that hands over the same matrices.
         """
 
     def named_linear(self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
@@ -156,9 +157,9 @@ class TorchBackend:
 
         return product
 
-    def loading(self, model: str, num_bytes: int) -> AbstractContextManager[None]:
+    def loading(self, model: str, num_bytes: int, meanwhile: Callable[[], None]) -> AbstractContextManager[None]:
         """Nothing is held beyond the process."""
-        del model, num_bytes
+        del model, num_bytes, meanwhile
         return nullcontext()
 
     def named_linear(self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.backend import Backend, TorchBackend
+from engine.choice import choice_for
 from engine.cpu.backend import CpuBackend
 from engine.cpu.shared_cores import SharedCores
 from engine.cpu.weight_cache import WeightCache
@@ -76,6 +77,7 @@ def load_model(
     quantization: str = "auto",
     kv_cache_dtype: str = "auto",
     weight_cache: WeightCache | None = None,
+    page_size: int | None = None,
 ) -> LoadedModel:
     """Read configuration and weights of a Hugging Face directory.
 
@@ -93,6 +95,8 @@ def load_model(
             scale per output channel, embedding and vocabulary head aside.
         kv_cache_dtype: of pages: `auto`, the model's own; or `fp8_e4m3`.
         weight_cache: where packed matrices may lie in a file for all workers of the machine; None: in own memory.
+        page_size: tokens of a page, for kernels that may be compiled while another worker packs the matrices. Workers
+            keep them on disk for each other, so that this one's time spares the other's.
 
     Raises:
         ModelNotFound: files are missing.
@@ -120,7 +124,13 @@ def load_model(
         )
         fingerprint = model_fingerprint(directory, config, quantization)
         values = f"{fingerprint} {checkpoint.stamps()} {'pages scaled' if kv_dtype is E4M3 else ''}"
-        with backend.loading(values, matrix_numbers(config) * resolved.itemsize):
+
+        def compile_kernels() -> None:
+            if page_size is not None:
+                backend.warm(config, page_size)
+                choice_for(target)
+
+        with backend.loading(values, matrix_numbers(config) * resolved.itemsize, compile_kernels):
             transformer = loader.transformer()
     if loader.num_widened:
         _log.warning(

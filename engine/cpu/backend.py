@@ -52,12 +52,13 @@ class CpuBackend(PackedBackend):
         return self._products.linear(weight, bias)
 
     @contextmanager
-    def loading(self, model: str, num_bytes: int) -> Iterator[None]:
+    def loading(self, model: str, num_bytes: int, meanwhile: Callable[[], None]) -> Iterator[None]:
         """Matrices that our own kernel multiplies lie in a file that all workers of the machine map."""
         if self._products is None or self._cache is None:
             yield
             return
-        with self._cache.opened(f"{self._products.layout} {model}", num_bytes) as self._weights:
+        named = f"{self._products.layout} {model}"
+        with self._cache.opened(named, num_bytes, meanwhile=meanwhile) as self._weights:
             yield
         self._weights = PackedWeights()
 

@@ -83,7 +83,9 @@ class WeightCache:
         self._silence_s = silence_s
 
     @contextmanager
-    def opened(self, what: str, num_bytes: int) -> Iterator[PackedWeights]:
+    def opened(
+        self, what: str, num_bytes: int, *, meanwhile: Callable[[], None] = lambda: None
+    ) -> Iterator[PackedWeights]:
         """The packed matrices of one model, to be asked for all of them while this lasts.
 
         Where a file can be neither used nor written, a line is logged and matrices are packed into own memory.
@@ -91,6 +93,7 @@ class WeightCache:
         Args:
             what: names layout and values of the matrices.
             num_bytes: that they take, about.
+            meanwhile: called before another worker is waited for that writes the file.
         """
         if num_bytes < self._least_bytes:
             yield PackedWeights()
@@ -98,7 +101,7 @@ class WeightCache:
         name = blake2b(f"{FORMAT} {what}".encode(), digest_size=16).hexdigest()
         try:
             _make_private(self._directory)
-            found = self._found_or_locked(name)
+            found = self._found_or_locked(name, meanwhile)
         except (OSError, ValueError, WeightFileRefused) as error:
             _log_own_memory(error)
             yield PackedWeights()
@@ -109,7 +112,7 @@ class WeightCache:
         else:
             yield PackedWeights(found)
 
-    def _found_or_locked(self, name: str) -> dict[str, Packed] | int:
+    def _found_or_locked(self, name: str, meanwhile: Callable[[], None]) -> dict[str, Packed] | int:
         """The matrices of the finished file; or a descriptor of the partial one, empty and locked until it is closed.
 
         Waits for whoever is writing it. Raises OSError, and WeightFileRefused if the writer has stopped writing.
@@ -121,7 +124,7 @@ class WeightCache:
                 return found
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
-                if self._lock(descriptor, partial):
+                if self._lock(descriptor, partial, meanwhile):
                     found = _open_finished(finished, name)  # it may have come while we looked
                     if found is None:
                         os.ftruncate(descriptor, 0)
@@ -131,7 +134,7 @@ class WeightCache:
             finally:
                 os.close(descriptor)
 
-    def _lock(self, descriptor: int, path: Path) -> bool:
+    def _lock(self, descriptor: int, path: Path, meanwhile: Callable[[], None]) -> bool:
         """Lock the partial file for writing once nobody else does; False when `path` is another file by then."""
         seen, since_s = 0, time.monotonic()
         said = False
@@ -140,6 +143,7 @@ class WeightCache:
                 return False
             if not said:
                 _log.info("another worker is packing the weights, waiting for its file", file=str(path))
+                meanwhile()
                 said = True
             written = os.fstat(descriptor).st_mtime_ns
             if written != seen:

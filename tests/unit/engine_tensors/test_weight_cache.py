@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from support.checkpoints import make_checkpoint
 from support.engine_driver import Driver
 
 from engine.cpu import backend as cpu_backend
-from engine.cpu import weight_cache, weight_file
+from engine.cpu import weight_file
 from engine.cpu.packed import Packed
 from engine.cpu.weight_cache import KEPT_FILES, WeightCache
 from engine.load import load_model
@@ -247,20 +246,13 @@ def writer(directory: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def opened_beside(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Packed]]:
+def opened_beside(directory: Path) -> Iterator[list[Packed]]:
     """Ask for the matrix in a thread; begins when that waits, ends when it has got it. It packs nines itself."""
     waits = threading.Event()
     got: list[Packed] = []
 
-    def sleep(_: float) -> None:
-        waits.set()
-        real_sleep(0.01)
-
-    real_sleep = time.sleep
-    monkeypatch.setattr(weight_cache.time, "sleep", sleep)
-
     def ask() -> None:
-        with cache(directory).opened("model", 100) as weights:
+        with cache(directory).opened("model", 100, meanwhile=waits.set) as weights:
             own = Packed("pairs", (1, 1), {"panels": torch.full((9,), 9, dtype=torch.int32)})
             got.append(weights.matrix("one", lambda: own))
 
@@ -272,8 +264,8 @@ def opened_beside(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     assert not thread.is_alive()
 
 
-def test_two_at_once_pack_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with writer(directory) as process, opened_beside(directory, monkeypatch) as got:
+def test_two_at_once_pack_once(directory: Path) -> None:
+    with writer(directory) as process, opened_beside(directory) as got:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
@@ -282,11 +274,11 @@ def test_two_at_once_pack_once(directory: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(list(directory.iterdir())) == 1
 
 
-def test_when_the_writer_is_killed_the_next_one_writes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with writer(directory) as process, opened_beside(directory, monkeypatch) as got:
+def test_when_the_writer_is_killed_the_next_one_writes(directory: Path) -> None:
+    with writer(directory) as process, opened_beside(directory) as got:
         process.kill()
     assert got[0].arrays["panels"].tolist() == [9] * 9
-    with cache(directory).opened("model", 100) as weights:
+    with cache(directory).opened("model", 100, meanwhile=never) as weights:
         assert weights.matrix("one", never).arrays["panels"].tolist() == [9] * 9
     assert only_file(directory).suffix == ".weights"
 
