@@ -12,7 +12,7 @@ from typing import Any
 MAX_SUBSCHEMAS = 5000
 MAX_DEPTH = 64
 MAX_COUNT = 10_000  # of minItems, minLength and the like
-MAX_OPTIONAL = 2000  # properties of one object; a matcher follows all that may come next (see fleet.grammar.limits)
+MAX_OPTIONAL = 2400  # properties at one place; a matcher follows all that may come next (see fleet.grammar.limits)
 
 _MAX_ROUNDS = 100
 
@@ -59,6 +59,7 @@ def check_schema(schema: object) -> None:
             raise SchemaProblem(f"it has more than {MAX_SUBSCHEMAS} subschemas")
         _check_keywords(place, node)
         stack.extend((f"{place}/{step}", child, depth + 1) for step, child in _children(place, node))
+    _check_optional(nodes)
     _check_finite(nodes)
 
 
@@ -98,9 +99,43 @@ def _check_keywords(place: str, node: dict[str, Any]) -> None:
             f"{place}/minProperties is {minimum}: at most one property beyond the {len(required)} required ones can be "
             "demanded; list them in 'required'"
         )
-    properties = node.get("properties")
-    if isinstance(properties, dict) and len(properties.keys() - required) > MAX_OPTIONAL:
-        raise SchemaProblem(f"{place} has more than {MAX_OPTIONAL} optional properties; list them in 'required'")
+
+
+def _check_optional(nodes: dict[str, Any]) -> None:
+    """Raises: SchemaProblem if too many optional properties could come next, those of all alternatives together."""
+    optional = {place: _optional(node) for place, node in nodes.items()}
+    if sum(optional.values()) <= MAX_OPTIONAL:
+        return
+    beside = {place: [step for step in _beside(place, node) if step in nodes] for place, node in nodes.items()}
+    inner = {step for steps in beside.values() for step in steps}
+    for place in (each for each in nodes if each == "#" or each not in inner):
+        together, stack = {place}, [place]
+        while stack:
+            new = [step for step in beside[stack.pop()] if step not in together]
+            together.update(new)
+            stack.extend(new)
+        if sum(optional[step] for step in together) > MAX_OPTIONAL:
+            raise SchemaProblem(
+                f"{place} has more than {MAX_OPTIONAL} optional properties, with all its alternatives; list them in "
+                "'required'"
+            )
+
+
+def _optional(node: Any) -> int:
+    properties = node.get("properties") if isinstance(node, dict) else None
+    if not isinstance(properties, dict):
+        return 0
+    return len(properties.keys() - set(node["required"] if _is_strings(node.get("required")) else ()))
+
+
+def _beside(place: str, node: Any) -> Iterator[str]:
+    """The schemas that the same value is matched with, for all that has been read of it."""
+    if not isinstance(node, dict):
+        return
+    for keyword in ("anyOf", "oneOf", "allOf"):
+        yield from (f"{place}/{keyword}/{index}" for index in range(len(node.get(keyword, ()))))
+    if isinstance(node.get("$ref"), str):
+        yield _target(node["$ref"])
 
 
 def _check_finite(nodes: dict[str, Any]) -> None:

@@ -148,7 +148,12 @@ async def test_sizes_are_bounded_in_time_too() -> None:
     began_s = time.perf_counter()
     assert "nested deeper" in await refusal(deep)
     assert "subschemas" in await refusal(wide)
-    assert "optional properties" in await refusal({"type": "object", "properties": {f"p{i}": {} for i in range(2001)}})
+    assert "optional properties" in await refusal({"type": "object", "properties": {f"p{i}": {} for i in range(2401)}})
+    two = [{"type": "object", "properties": {f"{name}{i}": {} for i in range(1300)}} for name in "pq"]
+    assert "all its alternatives" in await refusal({"anyOf": two})
+    assert "all its alternatives" in await refusal(
+        {"$defs": dict(zip("pq", two, strict=True)), "oneOf": [{"$ref": "#/$defs/p"}, {"$ref": "#/$defs/q"}]}
+    )
     assert "characters" in await refusal({"type": "string", "enum": ["x" * 300_000]})
     for schema in (chain, shuffled, doubled):
         try:
