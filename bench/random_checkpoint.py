@@ -3,7 +3,8 @@
     python bench/random_checkpoint.py [DIRECTORY]
 
 The tokenizer is the demo model's, filled up with made-up words to the size of the vocabulary, so that any server loads
-the directory and every token that random weights choose has a text.
+the directory and every token that random weights choose has a text. The weights are those that `--load-format dummy`
+makes, stored for servers that want a file.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from safetensors.torch import save_file
 
+from engine.dummy_checkpoint import DummyCheckpoint
 from engine.model_config import ModelConfig
-from engine.weights import SINGLE_FILE, expected_tensors
+from engine.weights import SINGLE_FILE
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 
@@ -62,25 +64,24 @@ def default_directory() -> Path:
     return Path(tempfile.gettempdir()) / "baton-bench" / "qwen3-0.6b-random"
 
 
-def random_checkpoint(directory: Path | None = None, shape: dict[str, Any] = QWEN3_0_6B) -> Path:
-    """The directory; the weights are drawn if they are not there yet."""
-    directory = directory or default_directory()
+def bare_directory(directory: Path, shape: dict[str, Any]) -> Path:
+    """The directory with configuration and tokenizer and no weights: enough for `--load-format dummy`."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(shape, indent=1))
     for name in ("tokenizer_config.json", "generation_config.json"):
         shutil.copy(DEMO / name, directory / name)
     (directory / "tokenizer.json").write_text(filled_tokenizer(shape["vocab_size"]))
+    return directory
+
+
+def random_checkpoint(directory: Path | None = None, shape: dict[str, Any] = QWEN3_0_6B) -> Path:
+    """The directory with weights, which are drawn if they are not there yet."""
+    directory = bare_directory(directory or default_directory(), shape)
     if (directory / SINGLE_FILE).is_file():
         return directory
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, size in expected_tensors(ModelConfig.from_directory(directory)).items():
-        if "norm" in name:
-            tensors[name] = torch.ones(size, dtype=torch.bfloat16)
-        else:
-            tensors[name] = torch.empty(size, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+    drawn = DummyCheckpoint(directory, ModelConfig.from_directory(directory), torch.device("cpu"))
     unfinished = directory / "unfinished.safetensors"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
+    save_file({name: drawn.read(name) for name in drawn.tensors}, unfinished, metadata={"format": "pt"})
     unfinished.rename(directory / SINGLE_FILE)
     return directory
 

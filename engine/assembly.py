@@ -193,7 +193,7 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         raise SettingsError("BATON_MODEL is not set: a checkpoint directory or a Hugging Face hub id")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    directory = resolve_model(settings.model)
+    directory = resolve_model(settings.model, weights=settings.load_format != "dummy")
     device = resolve_device(settings.device)
     cores = SharedCores(Path(settings.shared_cores), torch.get_num_threads()) if settings.shared_cores else None
     weights = settings.weight_directory
@@ -204,6 +204,7 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         cores,
         quantization=settings.quantization,
         kv_cache_dtype=settings.kv_cache_dtype,
+        load_format=settings.load_format,
         weight_cache=None if weights is None else WeightCache(weights),
         page_size=settings.page_size,
     )
@@ -222,6 +223,7 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         "model loaded",
         model=settings.model,
         dtype=loaded.dtype_name,
+        load_format=settings.load_format,
         fp8_matrices=loaded.num_fp8,
         kv_dtype=loaded.kv_dtype_name,
         page_bytes=plan.page_bytes,

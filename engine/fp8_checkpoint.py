@@ -15,7 +15,7 @@ from engine.quantization import Quantization
 from fleet.errors import UnsupportedModel
 
 if TYPE_CHECKING:
-    from engine.weights import Checkpoint, TensorInfo
+    from engine.weights import TensorInfo, TensorSource
 
 STORED_AS = "F8_E4M3"  # as safetensors spells it
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")  # either multiplies, whatever its name says
@@ -82,7 +82,7 @@ def scale_tensors(
     return found
 
 
-def page_scales(checkpoint: Checkpoint, layer: int) -> tuple[float, float]:
+def page_scales(checkpoint: TensorSource, layer: int) -> tuple[float, float]:
     """By what a layer's keys and values are divided in FP8 pages: powers of two, 1 where the checkpoint is silent.
 
     A stored scale is rounded up to a power of two. Numbers with an exponent of their own lose nothing by that, and
@@ -100,7 +100,7 @@ def page_scales(checkpoint: Checkpoint, layer: int) -> tuple[float, float]:
 
 
 def read_fp8(
-    checkpoint: Checkpoint, parts: Many[Part], quantization: Quantization | None, device: torch.device
+    checkpoint: TensorSource, parts: Many[Part], quantization: Quantization | None, device: torch.device
 ) -> Fp8Matrix | None:
     """Matrices of equal width as one, rows stacked; None if they are not all FP8 or their tiles do not stack.
 
@@ -129,12 +129,12 @@ def read_fp8(
     return Fp8Matrix(values, torch.cat(scales).to(device), tile, input_scale)
 
 
-def is_fp8(checkpoint: Checkpoint, name: str) -> bool:
+def is_fp8(checkpoint: TensorSource, name: str) -> bool:
     """Whether the matrix is stored as FP8."""
     return checkpoint.tensors[f"{name}.weight"].dtype == STORED_AS
 
 
-def _scales(checkpoint: Checkpoint, part: Part, quantization: Quantization) -> torch.Tensor:
+def _scales(checkpoint: TensorSource, part: Part, quantization: Quantization) -> torch.Tensor:
     """Of one matrix, float32: per channel [out], or per tile in two dimensions."""
     name = _present(checkpoint.tensors, part.name, _WEIGHT_SCALES)
     assert name is not None  # noqa: S101 - `scale_tensors` has looked
@@ -176,7 +176,7 @@ def _check_dtype(name: str, info: TensorInfo) -> None:
         raise UnsupportedModel(f"{name} is stored as {info.dtype}; supported are {', '.join(_SCALE_DTYPES)}")
 
 
-def _scalar(checkpoint: Checkpoint, name: str) -> float:
+def _scalar(checkpoint: TensorSource, name: str) -> float:
     value = float(checkpoint.read(name).to(torch.float32).view(-1)[0])
     if not (math.isfinite(value) and value > 0):
         raise UnsupportedModel(f"{name} is {value}, which is no scale")

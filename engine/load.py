@@ -14,6 +14,7 @@ from engine.choice import choice_for
 from engine.cpu.backend import CpuBackend
 from engine.cpu.shared_cores import SharedCores
 from engine.cpu.weight_cache import WeightCache
+from engine.dummy_checkpoint import DummyCheckpoint
 from engine.fp8 import E4M3
 from engine.model_config import ModelConfig
 from engine.packed_backend import can_pack
@@ -76,6 +77,7 @@ def load_model(
     *,
     quantization: str = "auto",
     kv_cache_dtype: str = "auto",
+    load_format: str = "auto",
     weight_cache: WeightCache | None = None,
     page_size: int | None = None,
 ) -> LoadedModel:
@@ -94,6 +96,8 @@ def load_model(
         quantization: `auto`: as the checkpoint is; `fp8`: one that is unquantized is quantised as it is loaded, with a
             scale per output channel, embedding and vocabulary head aside.
         kv_cache_dtype: of pages: `auto`, the model's own; or `fp8_e4m3`.
+        load_format: `auto`: the directory's safetensors; `dummy`: random weights, for measuring. They are those of
+            `engine.dummy_checkpoint`, and the directory needs none.
         weight_cache: where packed matrices may lie in a file for all workers of the machine; None: in own memory.
         page_size: tokens of a page, for kernels that may be compiled while another worker packs the matrices. Workers
             keep them on disk for each other, so that this one's time spares the other's.
@@ -101,12 +105,15 @@ def load_model(
     Raises:
         ModelNotFound: files are missing.
         UnsupportedModel: the checkpoint needs something that Baton does not have, or does not fit its configuration.
-        SettingsError: `quantization` or `kv_cache_dtype` is unknown, or the device cannot do it.
+        SettingsError: `quantization`, `kv_cache_dtype` or `load_format` is unknown, the device cannot do it, or `dummy`
+            meets a quantized model.
     """
     began_s = time.perf_counter()
     config = ModelConfig.from_directory(directory)
     target = torch.device(device)
-    with Checkpoint(directory) as checkpoint:
+    if load_format not in ("auto", "dummy"):
+        raise SettingsError(f"BATON_LOAD_FORMAT = {load_format!r}: auto or dummy")
+    with Checkpoint(directory) if load_format == "auto" else DummyCheckpoint(directory, config, target) as checkpoint:
         check_tensors(config, checkpoint)
         resolved = resolve_dtype(dtype, stored_dtype(checkpoint), target)
         kv_dtype = resolve_kv_dtype(kv_cache_dtype, resolved, target)
@@ -122,7 +129,7 @@ def load_model(
             quantises=quantization == "fp8" and config.quantization is None,
             scales_pages=kv_dtype is E4M3,
         )
-        fingerprint = model_fingerprint(directory, config, quantization)
+        fingerprint = model_fingerprint(checkpoint, config, quantization)
         values = f"{fingerprint} {checkpoint.stamps()} {'pages scaled' if kv_dtype is E4M3 else ''}"
 
         def compile_kernels() -> None:

@@ -14,7 +14,7 @@ from engine.fp8_checkpoint import Part, is_fp8, page_scales, read_fp8
 from engine.model_config import ModelConfig
 from engine.rope import Rotary
 from engine.transformer import Layer, Transformer
-from engine.weights import Checkpoint
+from engine.weights import TensorSource
 
 _EMBEDDING = Part("model.embed_tokens")
 
@@ -40,7 +40,7 @@ class WeightLoader:
     def __init__(
         self,
         config: ModelConfig,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         dtype: torch.dtype,
         device: torch.device,
         backend: Backend,

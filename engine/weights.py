@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from fleet.errors import ModelNotFound, UnsupportedModel
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EMBEDDING = "model.embed_tokens.weight"
 _NAMED_IN_ERRORS = 5
 
@@ -31,6 +31,28 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it, e.g. BF16
+
+
+class TensorSource(Protocol):
+    """Where weights come from: `Checkpoint`, which describes each of these, or `engine.dummy_checkpoint`."""
+
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor. Treat as read-only."""
+        ...
+
+    def map_alone(self, name: str) -> torch.Tensor:
+        """Like `read`, for a tensor that is kept."""
+        ...
+
+    def sample(self, name: str) -> bytes:
+        """A few rows of it."""
+        ...
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """What tells values apart beyond samples."""
+        ...
 
 
 class Checkpoint:
@@ -82,8 +104,7 @@ class Checkpoint:
         shape = self.tensors[name].shape
         if not shape:
             return self.read(name).view(1).view(torch.uint8).numpy().tobytes()
-        length, width = shape[0], 64 if len(shape) == 1 else 1
-        rows = [view[at : min(at + width, length)] for at in (0, length // 2)]
+        rows = [view[begin:end] for begin, end in sampled_rows(shape)]
         return b"".join(row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
 
     def stamps(self) -> list[tuple[str, int, int]]:
@@ -103,6 +124,12 @@ class Checkpoint:
             raise UnsupportedModel(f"weights file {path.name} is missing") from None
         except (SafetensorError, OSError) as error:
             raise UnsupportedModel(f"weights file {path.name} cannot be read: {error}") from error
+
+
+def sampled_rows(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The half-open runs of rows (of numbers, in one dimension) that stand for a tensor."""
+    length, count = shape[0], 64 if len(shape) == 1 else 1
+    return [(at, min(at + count, length)) for at in (0, length // 2)]
 
 
 def _expected_files(directory: Path) -> dict[str, str]:
@@ -165,7 +192,7 @@ def matrix_numbers(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
 
 
-def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
+def check_tensors(config: ModelConfig, checkpoint: TensorSource) -> None:
     """Raise UnsupportedModel naming tensors that are missing, unexpected, of a wrong shape or dtype.
 
     Old checkpoints store the rotary frequencies, and tied ones may store the shared matrix twice; both are ignored.
@@ -179,8 +206,8 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
         info = checkpoint.tensors[name]
         if info.shape != shape:
             raise UnsupportedModel(f"{name} has shape {list(info.shape)}, config.json asks for {list(shape)}")
-        if info.dtype not in _DTYPES and not (info.dtype == STORED_AS and len(shape) == 2 and name != _EMBEDDING):
-            raise UnsupportedModel(f"{name} is stored as {info.dtype}; supported are {', '.join(_DTYPES)}")
+        if info.dtype not in DTYPES and not (info.dtype == STORED_AS and len(shape) == 2 and name != _EMBEDDING):
+            raise UnsupportedModel(f"{name} is stored as {info.dtype}; supported are {', '.join(DTYPES)}")
     unexpected = [
         name
         for name in checkpoint.tensors
@@ -195,17 +222,17 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: TensorSource) -> torch.dtype:
     """The dtype that most parameters are stored in, FP8 matrices aside: what is computed in."""
     counts: dict[torch.dtype, int] = {}
     for info in checkpoint.tensors.values():
-        if info.dtype in _DTYPES:
-            dtype = _DTYPES[info.dtype]
+        if info.dtype in DTYPES:
+            dtype = DTYPES[info.dtype]
             counts[dtype] = counts.get(dtype, 0) + math.prod(info.shape)
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _scale_tensors(config: ModelConfig, checkpoint: Checkpoint) -> set[str]:
+def _scale_tensors(config: ModelConfig, checkpoint: TensorSource) -> set[str]:
     """Names of the scales of FP8 matrices and pages."""
     matrices = [
         name.removesuffix(".weight")
@@ -215,24 +242,23 @@ def _scale_tensors(config: ModelConfig, checkpoint: Checkpoint) -> set[str]:
     return scale_tensors(checkpoint.tensors, matrices, config.num_layers, config.quantization)
 
 
-def model_fingerprint(directory: Path, config: ModelConfig, quantization: str = "auto") -> str:
+def model_fingerprint(checkpoint: TensorSource, config: ModelConfig, quantization: str = "auto") -> str:
     """Hash of what the model computes: configuration, tensor names, shapes, dtypes, and a sample of their values.
 
     Scales are among the tensors. `quantization` other than `auto` counts too, since it changes what is computed.
 
     Equal for copies of a checkpoint at other paths or sharded otherwise; different for different weights. Hex, 32
-    characters. Raises ModelNotFound, UnsupportedModel.
+    characters. Raises UnsupportedModel.
     """
     digest = hashlib.blake2b(repr(config).encode(), digest_size=16, person=b"baton-model")
-    with Checkpoint(directory) as checkpoint:
-        if quantization != "auto":
-            digest.update(f"quantization {quantization}\n".encode())
-        for name in sorted({*expected_tensors(config), *_scale_tensors(config, checkpoint)}):
-            info = checkpoint.tensors.get(name)
-            if info is None:
-                raise UnsupportedModel(f"the checkpoint lacks {name}")
-            digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
-            digest.update(checkpoint.sample(name))
+    if quantization != "auto":
+        digest.update(f"quantization {quantization}\n".encode())
+    for name in sorted({*expected_tensors(config), *_scale_tensors(config, checkpoint)}):
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            raise UnsupportedModel(f"the checkpoint lacks {name}")
+        digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+        digest.update(checkpoint.sample(name))
     return digest.hexdigest()
 
 

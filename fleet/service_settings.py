@@ -17,6 +17,13 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
     served_model_name: Annotated[
         str, Meta(description="names that clients use, comma-separated; default: the directory's name")
     ] = ""
+    load_format: Annotated[
+        str,
+        Meta(
+            description="auto: the checkpoint's safetensors; dummy: random weights made at start, for measuring a "
+            "model whose directory holds configuration and tokenizer only"
+        ),
+    ] = "auto"
     dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
     quantization: Annotated[
         str, Meta(description="auto: as the checkpoint is; fp8: unquantized weights become FP8 as they are loaded")

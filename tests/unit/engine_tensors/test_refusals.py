@@ -16,7 +16,7 @@ from support.checkpoints import make_checkpoint
 from engine.hub import resolve_model
 from engine.load import load_model, resolve_dtype
 from engine.model_config import ModelConfig
-from engine.weights import model_fingerprint
+from engine.weights import Checkpoint, model_fingerprint
 from fleet.errors import ModelNotFound, UnsupportedModel
 
 CheckpointOf = Callable[[str], Path]
@@ -184,7 +184,7 @@ def test_fingerprints_tell_weights_apart_and_ignore_the_path(tmp_path: Path) -> 
     first = make_checkpoint(tmp_path / "a", "llama", seed=1)
     copy = make_checkpoint(tmp_path / "b", "llama", seed=1)
     other = make_checkpoint(tmp_path / "c", "llama", seed=2)
-    prints = [model_fingerprint(one, ModelConfig.from_directory(one)) for one in (first, copy, other)]
+    prints = [model_fingerprint(Checkpoint(one), ModelConfig.from_directory(one)) for one in (first, copy, other)]
     assert prints[0] == prints[1] != prints[2]
 
 
