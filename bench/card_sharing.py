@@ -12,51 +12,83 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CONTROL = "nvidia-cuda-mps-control"
 TIME_SLICES = "time slices"
+MODES = ("auto", "mps", TIME_SLICES.replace(" ", "-"))
 _TRY = "import torch; torch.ones(8, device='cuda').sum().item()"
+_TRY_S = 60.0  # torch is read from a cold disk
+_CONTROL_S = 20.0
+
+
+class SharingRefused(Exception):
+    """MPS was asked for and does not run here."""
 
 
 @contextlib.contextmanager
-def shared_card() -> Iterator[tuple[dict[str, str], str]]:
+def shared_card(
+    mode: str = "auto", trial: Sequence[str] = (sys.executable, "-c", _TRY)
+) -> Iterator[tuple[dict[str, str], str]]:
     """The environment for processes that share the card, and how they do, in words.
 
     A service that runs already is used and left alone; one of our own listens in a directory of its own and ends with
     the context.
+
+    Args:
+        mode: one of `MODES`; `auto` takes MPS where it works.
+        trial: a command that must succeed under MPS.
+
+    Raises:
+        SharingRefused: `mode` is mps, and it cannot be had; with what the tools said.
     """
+    plain = dict(os.environ)
+    if mode == MODES[2]:
+        yield plain, TIME_SLICES
+        return
     if "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
-        yield dict(os.environ), "MPS, found running"
+        yield plain, "MPS, found running"
         return
     control = shutil.which(CONTROL)
-    if control is None:
-        yield dict(os.environ), f"{TIME_SLICES} ({CONTROL} is not here)"
-        return
-    with tempfile.TemporaryDirectory(prefix="baton-mps-") as folder:
-        environment = os.environ | {
-            "CUDA_MPS_PIPE_DIRECTORY": str(Path(folder) / "pipe"),
-            "CUDA_MPS_LOG_DIRECTORY": str(Path(folder) / "log"),
+    with tempfile.TemporaryDirectory(prefix="baton-mps-", ignore_cleanup_errors=True) as folder:
+        environment = plain | {
+            f"CUDA_MPS_{kind}_DIRECTORY": str(Path(folder, kind.lower())) for kind in ("PIPE", "LOG")
         }
-        for name in ("pipe", "log"):
-            (Path(folder) / name).mkdir()
-        started = _run([control, "-d"], environment)
+        for kind in ("pipe", "log"):
+            Path(folder, kind).mkdir()
+        refusal = f"{CONTROL} is not here"
         try:
-            tried = _run([sys.executable, "-c", _TRY], environment) if started == "" else started
-            yield (environment, "MPS") if tried == "" else (dict(os.environ), f"{TIME_SLICES} (MPS: {tried})")
+            if control is not None:
+                refusal = _run([control, "-d"], environment, limit_s=_CONTROL_S) or _run(
+                    list(trial), environment, limit_s=_TRY_S
+                )
+            if refusal and mode == "mps":
+                raise SharingRefused(f"MPS: {refusal}")
+            yield (plain, f"{TIME_SLICES} (MPS: {refusal})") if refusal else (environment, "MPS")
         finally:
-            if started == "":
-                _run([control], environment, "quit\n")
+            if control is not None:  # also after a refusal: half of it may run
+                _run([control], environment, "quit -t 5\n", limit_s=_CONTROL_S)
 
 
-def _run(words: list[str], environment: dict[str, str], text: str | None = None) -> str:
-    """Empty if it went well, else the last line of what it said."""
-    try:
-        done = subprocess.run(
-            words, env=environment, input=text, capture_output=True, text=True, check=False, timeout=90
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{type(error).__name__}"
-    said = (done.stderr or done.stdout).strip().splitlines()
-    return "" if done.returncode == 0 else (said[-1] if said else f"exit {done.returncode}")
+def _run(words: list[str], environment: dict[str, str], text: str | None = None, *, limit_s: float) -> str:
+    """Empty if it went well, else the last line of what it said.
+
+    It speaks into a file: a daemon that keeps a pipe open would keep us waiting for the pipe's end.
+    """
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as told:
+        told.write(text or "")
+        told.seek(0)
+        try:
+            done = subprocess.run(
+                words, env=environment, stdin=told, stdout=said, stderr=said, check=False, timeout=limit_s
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return (
+                f"{type(error).__name__} after {limit_s:g} s"
+                if isinstance(error, subprocess.TimeoutExpired)
+                else str(error)
+            )
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+    return "" if done.returncode == 0 else (lines[-1] if lines else f"exit status {done.returncode}")

@@ -26,7 +26,8 @@ import torch
 from growth_gateway import with_streams, with_workers
 from machine import describe
 from machine_limits import read_gb_s
-from random_checkpoint import QWEN3_0_6B, random_checkpoint
+from model_directory import QWEN3_0_6B
+from random_checkpoint import random_checkpoint
 from step_overhead import PAGE_SIZE, PARTS, Worker
 
 from engine.load import LoadedModel, load_model

@@ -1,17 +1,19 @@
 """Every kernel against its twin on a GPU, and its time beside what the same device's memory and matrix units give.
 
-    python bench/kernels.py [--heads 32] [--kv-heads 8] [--head-dim 128] [--hidden 4096] [--intermediate 12288]
+    python bench/kernels.py [--parts rows decode …] [--heads 32] [--kv-heads 8] [--head-dim 128] [--hidden 4096]
+                            [--intermediate 12288]
 
-Needs torch, triton, numpy and a GPU, and nothing else of this project's dependencies. Two limits are measured first:
-the rate of a device copy (bytes read and written) and of a large bfloat16 product. Each line then gives the largest
-difference from the twin, the median time, what was moved or multiplied per second, and its share of the limit.
-Differences beyond what rounding explains are marked, and the exit status says so.
+Needs a GPU. Two limits are measured first: the rate of a device copy (bytes read and written) and of a large bfloat16
+product. Each line then gives the largest difference from the twin, the median time, what was moved or multiplied per
+second, and its share of the limit. Differences beyond what rounding explains are marked APART; a part that cannot go on
+says FAILED and why, and the next one follows. The exit status is 1 after either.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
+from device_limits import DeviceLimits, Timer
 from fp8_kernels import fp8
+from kernel_parts import BEGIN, PARTS
 
 PAGE_SIZE = 16
 DTYPE = torch.bfloat16
@@ -45,32 +49,12 @@ class Bench:
 
     def __init__(self) -> None:
         self.agreed = True
-        self._flush = torch.empty(2**30, dtype=torch.int8, device="cuda")  # outlasts caches and a launch
-        source = torch.empty(2 * 2**30, dtype=torch.int8, device="cuda")
-        target = torch.empty_like(source)
-        self.copy_bytes_per_s = 2 * source.nbytes / self.median_s(lambda: target.copy_(source))
-        left, right = (torch.randn(8192, 8192, dtype=DTYPE, device="cuda") for _ in range(2))
-        self.flops = 2 * 8192**3 / self.median_s(lambda: left @ right)
-        print(f"device copy {self.copy_bytes_per_s / 1e9:.0f} GB/s, bfloat16 product {self.flops / 1e12:.0f} TFLOP/s")
-
-    def median_s(self, work: Callable[[], object], *, rounds: int = 20) -> float:
-        """Median time of one call on the device, caches flushed before each, after three calls to warm up."""
-        for _ in range(3):
-            work()
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
-            for _ in range(rounds)
-        ]
-        flush = getattr(self, "_flush", None)
-        for begin, end in events:
-            if flush is not None:
-                flush.zero_()
-            begin.record()
-            work()
-            end.record()
-        torch.cuda.synchronize()
-        times_ms: list[float] = sorted(begin.elapsed_time(end) for begin, end in events)
-        return times_ms[rounds // 2] / 1e3
+        self._timer = Timer()
+        self._limits = DeviceLimits.measure(self._timer)
+        print(
+            f"device copy {self._limits.copy_bytes_per_s / 1e9:.0f} GB/s, "
+            f"bfloat16 product {self._limits.flops / 1e12:.0f} TFLOP/s"
+        )
 
     def line(
         self,
@@ -99,11 +83,11 @@ class Bench:
             worst = max(worst, float(apart.max()))
             good = good and bool((apart <= allowed).all())
         self.agreed = self.agreed and good
-        time_s = self.median_s(work)
+        time_s = self._timer.median_s(work)
         rate = (
-            f"{flops / time_s / 1e12:7.0f} TFLOP/s {flops / time_s / self.flops:5.0%}"
+            f"{flops / time_s / 1e12:7.0f} TFLOP/s {flops / time_s / self._limits.flops:5.0%}"
             if flops
-            else f"{num_bytes / time_s / 1e9:7.0f} GB/s    {num_bytes / time_s / self.copy_bytes_per_s:5.0%}"
+            else f"{num_bytes / time_s / 1e9:7.0f} GB/s    {num_bytes / time_s / self._limits.copy_bytes_per_s:5.0%}"
         )
         mark = "" if good else "  APART"
         print(f"{name:44} {time_s * 1e6:9.1f} us {rate} of the limit; difference {worst:.2g}{mark}", flush=True)
@@ -284,12 +268,15 @@ def scattered(lengths: list[int], shapes: Shapes) -> tuple[torch.Tensor, torch.T
 
 
 def main() -> int:
-    """Run all; 1 if a kernel and its twin disagree."""
+    """Run the parts; 1 if a kernel and its twin disagree or a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     for name, default in (("heads", 32), ("kv-heads", 8), ("head-dim", 128), ("hidden", 4096), ("intermediate", 12288)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocab", type=int, default=151936)
-    shapes = Shapes(**vars(parser.parse_args()))
+    options = vars(parser.parse_args())
+    parts = options.pop("parts")
+    shapes = Shapes(**options)
     if not torch.cuda.is_available():
         print("No GPU here, so there is nothing to time. On a CPU, `pytest tests/unit/kernels` checks the kernels.")
         return 0
@@ -297,8 +284,16 @@ def main() -> int:
     properties = torch.cuda.get_device_properties(0)
     print(f"{properties.name}, {properties.multi_processor_count} multiprocessors, torch {torch.__version__}")
     bench = Bench()
-    for part in (rows, decode, prefill, sampling, copies, fp8):
-        part(bench, shapes)
+    work = dict(zip(PARTS, (rows, decode, prefill, sampling, copies, fp8), strict=True))
+    for name in parts:
+        print(f"{BEGIN}{name}", flush=True)
+        try:
+            work[name](bench, shapes)
+        except Exception as error:  # noqa: BLE001 - a compiler's, a driver's or our own: the next part may do better
+            bench.agreed = False
+            traceback.print_exc(file=sys.stdout)
+            print(f"{name} FAILED: {error!r}".splitlines()[0], flush=True)
+            torch.cuda.synchronize()  # raises, and ends the process, where the device is lost to it
     return 0 if bench.agreed else 1
 
 

@@ -38,10 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import peer_servers
 from machine import cpu_name, describe
 from machine_limits import measure
+from model_directory import QWEN3_0_6B
 from peer_scale import FULL, REHEARSAL, Scale
 from peer_servers import Means, Running, ServerSpec
 from peer_table import table
-from random_checkpoint import QWEN3_0_6B, random_checkpoint
+from random_checkpoint import random_checkpoint
 from rich.console import Console
 
 from engine.model_config import ModelConfig
