@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from engine.backend import Linear
 from engine.cpu.blocks import ROWS, add_block, expand_block
-from engine.cpu.jit import Team, kernel, narrow, num_threads, pointer, thread_num, widen
+from engine.cpu.jit import Team, claim, kernel, narrow, num_threads, pointer, thread_num, widen
 from engine.cpu.packed import Packed
 from engine.cpu.panels import BLOCK_RECORDS, PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS, pack
 from engine.cpu.tiles import PAIR_BYTES, has_pair_products
@@ -31,12 +31,19 @@ _FEW_RECORDS = 32
 """Of a block for up to 12 tokens; two of them, and two of `BLOCK_RECORDS` for more, lie in a core's first cache."""
 _FEW_AHEAD, _MANY_AHEAD = 96, 128
 """Records from those expanded to those asked for: memory answers within the time of so many."""
+_CLAIMING_TOKENS = 64
+"""From so many on threads claim panels as they go, so that one that loses its core for a while holds up nobody. Fewer
+are over before it would come back, and each thread reads faster when all its panels lie side by side."""
+_CLAIMED = 4
+"""Panels at once: fewer, and neighbouring lines of the result are written by two cores, a tenth slower."""
 _LINE = 64
 _PLAIN_BYTES = RECORD_BYTES[PLAIN]
 
 
 class Products:
-    """Makes products of packed matrices, on torch's own threads. Raises NoKernels where those cannot be had.
+    """Makes products of packed matrices, on torch's own threads, one at a time: they share a counter.
+
+    Raises NoKernels where those threads cannot be had.
 
     Attributes:
         layout: names what `pack` makes of a matrix; equal layouts make the same arrays of it, in any version of ours.
@@ -48,6 +55,7 @@ class Products:
         """`native`: see `engine.cpu.tiles.has_pair_products`, which None asks."""
         self._team = Team()
         self._native = has_pair_products() if native is None else native
+        self._counter = np.zeros(1, dtype=np.int64)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """The product of a bf16 matrix `[N, K]`, copied; bf16 `[M, K]` -> `[M, N]`, rounded to nearest even."""
@@ -81,7 +89,9 @@ class Products:
                 (num_inputs + 1) // 2,
                 2 * hidden.stride(0),
                 *tables,
+                self._counter.ctypes.data,
             )
+            self._counter[0] = 0
             # In the time of a simple operation: 16 weights are read, or multiplied with 16 tokens.
             numbers = num_inputs * num_outputs * (16 + num_tokens) // 256
             self._team.run(compiled, words, numbers)
@@ -128,7 +138,8 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
     """The kernel for matrices of a form.
 
     Words: addresses of tokens `[M, K]` bf16, of panels, of a bias `[N]` bf16 or 0, of the result `[M, N]` bf16; M; N;
-    pairs of K; bytes from token to token; addresses of `lowest`, `exceptions` and `starts`, or 0 (`panels.pack`).
+    pairs of K; bytes from token to token; addresses of `lowest`, `exceptions` and `starts`, or 0 (`panels.pack`);
+    address of a counter that is 0.
     """
     instruction = int(native)
     compact = form == TWELVE_BITS
@@ -150,13 +161,18 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
         block = (np.int64(scratch.ctypes.data) + _LINE - 1) // _LINE * _LINE
         other = block + _PLAIN_BYTES * block_pairs
         members, member = num_threads(), thread_num()
-        begin, end = num_items * member // members, num_items * (member + 1) // members
-        if compact and begin < end:
-            panel = begin % num_panels
+        is_dealt = num_tokens >= _CLAIMING_TOKENS
+        item = _CLAIMED * claim(words[11]) if is_dealt else num_items * member // members
+        end = num_items if is_dealt else num_items * (member + 1) // members
+        if compact and item < end:
+            panel = item % num_panels
             expand_block(words[1] + record_bytes * num_pairs * panel, block_pairs, lowest[panel], block)
-        for item in range(begin, end):
+        while item < end:
+            following = item + 1
+            if is_dealt and following % _CLAIMED == 0:
+                following = _CLAIMED * claim(words[11])
             row_block, panel = item // num_panels, item % num_panels
-            next_panel = (item + 1) % num_panels if item + 1 < end else panel
+            next_panel = following % num_panels if following < end else panel
             first = num_tokens * row_block // num_row_blocks
             num_rows = num_tokens * (row_block + 1) // num_row_blocks - first
             passes = (num_rows + ROWS - 1) // ROWS
@@ -199,5 +215,6 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
                     block, other = other, block
             out = words[3] + 2 * (first * num_outputs + panel * PANEL)
             _end_sums(sums, num_rows, out, num_outputs, columns)
+            item = following
 
     return kernel(run)
