@@ -8,7 +8,7 @@ ARGS ?=
 INSTALLED_BY := pyproject.toml constraints.txt scripts/install scripts/install-torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev up doctor browser test lint chaos compose-test wheels clean
+.PHONY: help install dev up doctor browser test lint chaos compose-test wheels gpu-wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,7 +53,10 @@ compose-test: dev ## build the image, run the fleet in containers, and kill one 
 wheels: install ## download all wheels into deploy/wheels, for building the image without an index
 	@scripts/fetch-wheels
 
+gpu-wheels: install ## download into deploy/gpu-wheels what a GPU machine with its own PyTorch needs; ARGS=3.12 is its Python
+	@scripts/fetch-gpu-wheels $(ARGS)
+
 clean: ## remove .venv, caches and downloaded wheels
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
-	rm -f deploy/wheels/*.whl
+	rm -f deploy/wheels/*.whl deploy/gpu-wheels/*.whl
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

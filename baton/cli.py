@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from baton.errors import BAD_SETTINGS_CODE, CommandError, ServiceDied
 from baton.flags import explain_unknown
 from baton.settings import Surroundings, surroundings
 from fleet.errors import BatonError, SettingsError
+from fleet.version import version
 
 Command = Callable[[argparse.Namespace, Surroundings, Console], int]
 
@@ -26,7 +26,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         description="Serve large language models by separate pools of prefill and decode workers.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"baton {version('baton-serve')}")
+    parser.add_argument("--version", action="version", version=f"baton {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up_parser = commands.add_parser(
         "up",

@@ -82,9 +82,10 @@ class GpuStages:
         self._scale = scale
         self._main = FleetSpec("main", model, (*flags, "--device", device))
         self._fp8 = FleetSpec("fp8", model, (*flags, "--device", device, *FP8_FLAGS))
-        self._small = [
-            FleetSpec(f"small-{where}", small, ("--device", where)) for where in dict.fromkeys((device, "cpu"))
-        ]
+        self._small = (
+            FleetSpec("small", small, ("--device", device)),
+            FleetSpec("reference", small, ("--device", "cpu", "--dtype", "float32")),
+        )
         self._environment = environment
         self._logs = logs
 
@@ -140,7 +141,7 @@ class GpuStages:
                 return
 
     def answers(self, booking: Booking, clock: Clock) -> None:
-        """The trained demo model, greedily: the device says what a CPU says."""
+        """The trained demo model, greedily: the device says what plain float32 on a CPU says."""
         said = []
         for spec in self._small:
             booking.add(f"start to ready, {spec.name}", self._fleets.need(spec, clock) or 0.0, "s")
@@ -148,10 +149,10 @@ class GpuStages:
             answer = json.loads(self._fleets.ask("/v1/chat/completions", body | {"temperature": 0}))
             said.append(str(answer["choices"][0]["message"]["content"]))
             booking.say(f"{spec.name}: {said[-1]!r}")
-        words = [text.split() for text in said]
-        alike = next((at for at, pair in enumerate(zip(words[0], words[-1], strict=False)) if pair[0] != pair[1]), None)
-        count = len(words[0]) if alike is None else alike
-        booking.add("words alike before rounding tells", count, "words", target=8.0)
+        first, second = (text.split() for text in said)
+        pairs = enumerate(zip(first, second, strict=False))
+        alike = next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
+        booking.add("words alike before rounding tells", alike, "words", target=8.0)
 
     def one_stream(self, booking: Booking, clock: Clock, *, fp8: bool) -> None:
         """Decoding speed of a single stream, on a fleet that is warmed up first."""

@@ -6,7 +6,6 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -27,6 +26,7 @@ from fleet.request_status import RequestStatusReader
 from fleet.service_settings import GatewaySettings
 from fleet.types import PeerRef
 from fleet.usage import RedisUsage
+from fleet.version import version
 from gateway.admission import Admission
 from gateway.api.config import MAX_GENERATIONS, ApiConfig
 from gateway.api.rate_limit import RateLimiter
@@ -166,7 +166,7 @@ async def _run(
     app = create_app(
         FleetPipeline(me=me, catalog=catalog, table=table),
         ApiConfig(
-            version=version("baton-serve"),
+            version=version(),
             max_generations=min(MAX_GENERATIONS, settings.max_queued_requests),
             max_body_bytes=settings.max_body_bytes,
             lease_s=settings.lease_s,

@@ -179,3 +179,14 @@ def test_the_entry_point_advertises_its_own_address_only_when_needed(tmp_path: P
     ]
     assert run(BATON_NAME="mine") == ["BATON_NAME=mine"]
     assert "BATON_ADVERTISE_HOST=given" in run(BATON_BIND_HOST="0.0.0.0", BATON_ADVERTISE_HOST="given")
+
+
+def test_a_gpu_machine_is_sent_everything_but_what_it_has() -> None:
+    listed = subprocess.run(
+        [str(ROOT / "scripts" / "fetch-gpu-wheels"), "--list"], capture_output=True, text=True, check=True
+    )
+    wanted = set(listed.stdout.split("\n")) - {""}
+    everything = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    assert wanted < everything
+    left_out = {re.split(r"[>=]", one)[0] for one in everything - wanted}
+    assert left_out == {"numba", "numpy", "torch"}

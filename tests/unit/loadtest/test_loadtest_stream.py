@@ -152,11 +152,11 @@ async def exchange(answer: bytes, *, linger: bool = False) -> Body:
     loop = asyncio.get_running_loop()
     pool = Pool("127.0.0.1", port, None, loop.time, connect_timeout_s=2)
     body = Body()
-    try:
-        async with asyncio.timeout(5), server:
+    async with asyncio.timeout(5), server:
+        try:
             await pool.send(b"GET / HTTP/1.1\r\n\r\n", body)
-    finally:
-        pool.close()
+        finally:
+            pool.close()  # a server waits for its connections before it is closed
     return body
 
 
