@@ -11,8 +11,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from engine.cpu.panels import PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS
-from engine.cpu.tiles import LANES, SUMS, VECTOR_BYTES, fetch, load, store, tile
+from engine.cpu.panels import EIGHT_BITS, PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS
+from engine.cpu.tiles import LANES, SUMS, VECTOR_BYTES, WORDS, fetch, load, store, tile
 
 ROWS = 12
 """Tokens at a time: with two vectors of outputs, 24 sums in registers."""
@@ -36,8 +36,8 @@ def add_block(
         block: address of the records.
         num_pairs: records of the block.
         sums: address of the rows' sums, `[count, 32]` float32.
-        source: address of as many records that come next, which the first pass expands if they are in 12 bits.
-        lowest: their lowest exponent.
+        source: address of as many records that come next, which the first pass expands if they are not plain.
+        lowest: their lowest exponent, where in 12 bits.
         target: address to expand them to, exceptions aside.
         line: address of a line that is asked for meanwhile, and of so many, a record of the form apart.
         other_line: likewise.
@@ -55,9 +55,9 @@ def add_block(
             offset = builder.mul(pair, _WORD(RECORD_BYTES[kind]))
             for place in (line, other_line):
                 fetch(builder, builder.add(place, offset))
-            if is_first and kind == TWELVE_BITS:
+            if is_first and kind != PLAIN:
                 out = builder.add(target, builder.mul(pair, _WORD(RECORD_BYTES[PLAIN])))
-                _expand(builder, builder.add(source, offset), exponent, out)
+                _expand(builder, kind, builder.add(source, offset), exponent, out)
 
         end = builder.function.append_basic_block("added")
         choice = builder.switch(count, end)
@@ -91,12 +91,13 @@ def add_block(
     return types.int64(*integers, form, first, native), emit
 
 
-@intrinsic
-def expand_block(_context: Any, source: Any, num_pairs: Any, lowest: Any, target: Any) -> Any:
-    """Expand at least one record in 12 bits, exceptions aside, with no products meanwhile."""
+@intrinsic(prefer_literal=True)
+def expand_block(_context: Any, source: Any, num_pairs: Any, lowest: Any, target: Any, form: Any) -> Any:
+    """Expand at least one record of a form, exceptions aside, with no products meanwhile."""
+    kind = form.literal_value
 
     def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        source, num_pairs, lowest, target = arguments
+        source, num_pairs, lowest, target, _ = arguments
         exponent = _spread_exponent(builder, lowest)
         before = builder.block
         loop, after = (builder.function.append_basic_block(name) for name in ("record", "expanded"))
@@ -105,21 +106,24 @@ def expand_block(_context: Any, source: Any, num_pairs: Any, lowest: Any, target
         pair = builder.phi(_WORD)
         pair.add_incoming(_WORD(0), before)
         record, out = (
-            builder.add(base, builder.mul(pair, _WORD(RECORD_BYTES[form])))
-            for base, form in ((source, TWELVE_BITS), (target, PLAIN))
+            builder.add(base, builder.mul(pair, _WORD(RECORD_BYTES[own])))
+            for base, own in ((source, kind), (target, PLAIN))
         )
-        _expand(builder, record, exponent, out)
+        _expand(builder, kind, record, exponent, out)
         following = builder.add(pair, _WORD(1))
         pair.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", following, num_pairs), loop, after)
         builder.position_at_end(after)
         return _WORD(0)
 
-    return types.int64(source, num_pairs, lowest, target), emit
+    return types.int64(source, num_pairs, lowest, target, form), emit
 
 
-def _expand(builder: Any, record: Any, exponent: Any, target: Any) -> None:
-    """Emit what makes a plain record at `target` of the one at an address."""
+def _expand(builder: Any, form: str, record: Any, exponent: Any, target: Any) -> None:
+    """Emit what makes a plain record at `target` of the one of a form at an address."""
+    if form == EIGHT_BITS:
+        _expand_bytes(builder, record, target)
+        return
     codes = builder.zext(load(builder, builder.add(record, _WORD(RECORD_WEIGHTS)), _BYTES), _HALVES)
     low = builder.shl(builder.and_(codes, _all(15)), _all(7))
     high = builder.and_(builder.shl(codes, _all(3)), _all(15 << 7))
@@ -128,6 +132,19 @@ def _expand(builder: Any, record: Any, exponent: Any, target: Any) -> None:
         rest = builder.and_(spread, _all(0x807F))
         weights = builder.add(builder.or_(rest, code), exponent)
         store(builder, weights, builder.add(target, _WORD(2 * offset)))
+
+
+def _expand_bytes(builder: Any, record: Any, target: Any) -> None:
+    """A whole number of 8 bits is a bfloat16: the upper half of the float32, whose lower half is 0."""
+    shift, mask = (ir.Constant(WORDS, [number] * LANES) for number in (16, 0xFFFF0000))
+    for vector in range(PANEL // LANES):
+        halves = []
+        for half in range(2):
+            place = builder.add(record, _WORD((2 * vector + half) * LANES))
+            numbers = load(builder, place, ir.VectorType(ir.IntType(8), LANES))
+            halves.append(builder.bitcast(builder.sitofp(builder.sext(numbers, WORDS), SUMS), WORDS))
+        pairs = builder.or_(builder.lshr(halves[0], shift), builder.and_(halves[1], mask))
+        store(builder, pairs, builder.add(target, _WORD(vector * VECTOR_BYTES)))
 
 
 def _spread_exponent(builder: Any, exponent: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Matrices packed in panels of 32 outputs, as products read them from end to end: plain, or in 12 bits a weight.
+"""Matrices packed in panels of 32 outputs, as products read them from end to end: plain, or in 12 or 8 bits a weight.
 
 A panel is a sequence of records, one for each two inputs: the 32 pairs of weights that the outputs have for them. A
 bfloat16 is a sign, 8 bits of exponent and 7 of fraction; but the weights of a trained or drawn matrix lie within a few
@@ -8,6 +8,10 @@ the plain record, bit by bit, while a quarter less is read from memory, which is
 
 A record in 12 bits: 64 bytes of signs and fractions in the order of the plain record's weights, then 32 bytes, each
 with the exponent of a weight of the first half in its low bits and of its counterpart in the second half in its high.
+
+In 8 bits a weight is rounded: to a whole number from -127 to 127, of which the largest stands for the largest of its
+output, whose scale multiplies the sum. A record is 64 such numbers: of outputs 0 to 15 first those of the even input,
+then those of the odd one, and the same of outputs 16 to 31.
 """
 
 from __future__ import annotations
@@ -22,18 +26,21 @@ from torch.nn import functional
 
 from engine.cpu.jit import Team, kernel, num_threads, pointer, thread_num
 from engine.cpu.packed import Packed
+from engine.cpu.tiles import LANES
 
 PANEL: Final = 32
 """Outputs of a panel: two vectors of pairs."""
 RECORD_WEIGHTS: Final = 2 * PANEL
 PLAIN: Final = "bf16 pairs"
 TWELVE_BITS: Final = "bf16 pairs in 12 bits"
-RECORD_BYTES: Final = {PLAIN: 2 * RECORD_WEIGHTS, TWELVE_BITS: 3 * RECORD_WEIGHTS // 2}
+EIGHT_BITS: Final = "int8 pairs"
+RECORD_BYTES: Final = {PLAIN: 2 * RECORD_WEIGHTS, TWELVE_BITS: 3 * RECORD_WEIGHTS // 2, EIGHT_BITS: RECORD_WEIGHTS}
 BLOCK_RECORDS: Final = 128
 """Expanded at once at most. As many lie behind the last panel: who expands a block does not ask where it ends."""
 
 _ALIGNMENT = 64
 _EXPONENTS = 16
+_LARGEST = 127
 _MOST_EXCEPTIONS = 2**-8
 """Of all weights; a matrix with more stays plain. Of weights from a normal distribution about 2 ** -13 are."""
 
@@ -67,6 +74,24 @@ def pack(weight: torch.Tensor, team: Team) -> Packed:
     addresses = (array.data_ptr() for array in arrays.values())
     team.run(compact, (padded.data_ptr(), *addresses, num_panels, num_pairs), weight.numel())
     return Packed(TWELVE_BITS, shape, arrays)
+
+
+def pack_int8(weight: torch.Tensor) -> Packed:
+    """A matrix `[N, K]` rounded to 8 bits, rounded up to whole panels and pairs with zeros.
+
+    The arrays: `panels`, uint8, the records; `scales`, float32 `[N]`.
+    """
+    num_outputs, num_inputs = weight.shape
+    wide = weight.float()
+    scales = wide.abs().amax(1) / _LARGEST
+    numbers = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round_().to(torch.int8)
+    padded = functional.pad(numbers, (0, num_inputs % 2, 0, -num_outputs % PANEL))
+    num_panels, num_pairs = padded.shape[0] // PANEL, padded.shape[1] // 2
+    panels = _aligned((num_panels * num_pairs + BLOCK_RECORDS) * RECORD_WEIGHTS)
+    panels[padded.numel() :] = 0
+    records = panels[: padded.numel()].view(torch.int8).view(num_panels, num_pairs, 2, 2, LANES)
+    records.copy_(padded.view(num_panels, 2, LANES, num_pairs, 2).permute(0, 3, 1, 4, 2))
+    return Packed(EIGHT_BITS, (num_outputs, num_inputs), {"panels": panels, "scales": scales})
 
 
 def _aligned(num_bytes: int) -> torch.Tensor:

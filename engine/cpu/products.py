@@ -23,7 +23,17 @@ from engine.backend import Linear
 from engine.cpu.blocks import ROWS, add_block, expand_block
 from engine.cpu.jit import Team, claim, kernel, narrow, num_threads, pointer, thread_num, widen
 from engine.cpu.packed import Packed
-from engine.cpu.panels import BLOCK_RECORDS, PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS, pack
+from engine.cpu.panels import (
+    BLOCK_RECORDS,
+    EIGHT_BITS,
+    PANEL,
+    PLAIN,
+    RECORD_BYTES,
+    RECORD_WEIGHTS,
+    TWELVE_BITS,
+    pack,
+    pack_int8,
+)
 from engine.cpu.tiles import PAIR_BYTES, has_pair_products
 
 _BLOCK_ROWS = 96
@@ -38,6 +48,7 @@ _CLAIMED = 4
 """Panels at once: fewer, and neighbouring lines of the result are written by two cores, a tenth slower."""
 _LINE = 64
 _PLAIN_BYTES = RECORD_BYTES[PLAIN]
+_TABLES = ("lowest", "exceptions", "starts", "scales")
 
 
 class Products:
@@ -61,16 +72,16 @@ class Products:
         """The product of a bf16 matrix `[N, K]`, copied; bf16 `[M, K]` -> `[M, N]`, rounded to nearest even."""
         return self.product(self.pack(weight), bias)
 
-    def pack(self, weight: torch.Tensor) -> Packed:
-        """A bf16 matrix `[N, K]` in panels, copied."""
-        return pack(weight, self._team)
+    def pack(self, weight: torch.Tensor, *, rounded: bool = False) -> Packed:
+        """A bf16 matrix `[N, K]` in panels, copied; `rounded` to 8 bits, or as it is."""
+        return pack_int8(weight) if rounded else pack(weight, self._team)
 
     def product(self, packed: Packed, bias: torch.Tensor | None) -> Linear:
         """The product of what `pack` made, here or in another process."""
         num_outputs, num_inputs = packed.shape
         compiled = panel_products(packed.form, self._native)
         arrays = packed.arrays
-        tables = [arrays[name].data_ptr() if name in arrays else 0 for name in ("lowest", "exceptions", "starts")]
+        tables = [arrays[name].data_ptr() if name in arrays else 0 for name in _TABLES]
 
         def multiply(hidden: torch.Tensor) -> torch.Tensor:
             if num_inputs % 2:
@@ -101,14 +112,21 @@ class Products:
 
 
 @njit
-def _begin_sums(sums: Any, num_rows: int, bias: int, columns: int) -> None:
-    """With the bias at an address, or 0."""
-    sums[:num_rows] = 0
-    if bias:
-        numbers = carray(pointer(bias), columns, np.uint16)
-        for at in range(num_rows):
-            for column in range(columns):
-                sums[at, column] = widen(numbers[column])
+def _add_bias(sums: Any, num_rows: int, bias: int, columns: int) -> None:
+    """That at an address."""
+    numbers = carray(pointer(bias), columns, np.uint16)
+    for at in range(num_rows):
+        for column in range(columns):
+            sums[at, column] += widen(numbers[column])
+
+
+@njit
+def _scale(sums: Any, num_rows: int, scales: int, columns: int) -> None:
+    """By those at an address."""
+    numbers = carray(pointer(scales), columns, np.float32)
+    for at in range(num_rows):
+        for column in range(columns):
+            sums[at, column] *= numbers[column]
 
 
 @njit
@@ -138,11 +156,12 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
     """The kernel for matrices of a form.
 
     Words: addresses of tokens `[M, K]` bf16, of panels, of a bias `[N]` bf16 or 0, of the result `[M, N]` bf16; M; N;
-    pairs of K; bytes from token to token; addresses of `lowest`, `exceptions` and `starts`, or 0 (`panels.pack`);
-    address of a counter that is 0.
+    pairs of K; bytes from token to token; addresses of `lowest`, `exceptions`, `starts` and `scales`, or 0 (see
+    `engine.cpu.panels`); address of a counter that is 0.
     """
     instruction = int(native)
-    compact = form == TWELVE_BITS
+    compact, whole = form == TWELVE_BITS, form == EIGHT_BITS
+    expands = compact or whole
     record_bytes = RECORD_BYTES[form]
 
     def run(words: Any) -> None:  # noqa: PLR0915 - one function: what it hands on from block to block is all it knows
@@ -157,27 +176,30 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
         starts = carray(pointer(words[10]), num_panels + 1, np.int64)
         exceptions = carray(pointer(words[9]), starts[num_panels] if compact else 0, np.int64)
         sums = np.empty((_BLOCK_ROWS, PANEL), np.float32)
-        scratch = np.empty(2 * block_pairs * RECORD_WEIGHTS + _LINE if compact else 1, np.uint16)
+        scratch = np.empty(2 * block_pairs * RECORD_WEIGHTS + _LINE if expands else 1, np.uint16)
         block = (np.int64(scratch.ctypes.data) + _LINE - 1) // _LINE * _LINE
         other = block + _PLAIN_BYTES * block_pairs
         members, member = num_threads(), thread_num()
         is_dealt = num_tokens >= _CLAIMING_TOKENS
-        item = _CLAIMED * claim(words[11]) if is_dealt else num_items * member // members
+        item = _CLAIMED * claim(words[12]) if is_dealt else num_items * member // members
         end = num_items if is_dealt else num_items * (member + 1) // members
-        if compact and item < end:
+        if expands and item < end:
             panel = item % num_panels
-            expand_block(words[1] + record_bytes * num_pairs * panel, block_pairs, lowest[panel], block)
+            exponent = lowest[panel] if compact else 0
+            expand_block(words[1] + record_bytes * num_pairs * panel, block_pairs, exponent, block, form)
         while item < end:
             following = item + 1
             if is_dealt and following % _CLAIMED == 0:
-                following = _CLAIMED * claim(words[11])
+                following = _CLAIMED * claim(words[12])
             row_block, panel = item // num_panels, item % num_panels
             next_panel = following % num_panels if following < end else panel
             first = num_tokens * row_block // num_row_blocks
             num_rows = num_tokens * (row_block + 1) // num_row_blocks - first
             passes = (num_rows + ROWS - 1) // ROWS
             columns = min(PANEL, num_outputs - panel * PANEL)
-            _begin_sums(sums, num_rows, words[2] + 2 * panel * PANEL if words[2] else 0, columns)
+            sums[:num_rows] = 0
+            if words[2] and not whole:
+                _add_bias(sums, num_rows, words[2] + 2 * panel * PANEL, columns)
             exception = starts[panel] if compact else 0
             for first_pair in range(0, num_pairs, block_pairs):
                 pairs = min(block_pairs, num_pairs - first_pair)
@@ -188,7 +210,7 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
                 if compact:
                     exponent = lowest[next_panel if last else panel]
                     exception = _put_exceptions(exceptions, exception, starts[panel + 1], block, first_pair, pairs)
-                else:
+                if not expands:
                     block = words[1] + record_bytes * (num_pairs * panel + first_pair)
                 for turn in range(passes):
                     top = num_rows * turn // passes
@@ -208,11 +230,15 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
                             count, row, row_bytes, block, pairs, mine, source, exponent, other, line, more, form, 0,
                             instruction,
                         )  # fmt: skip
-                if compact:
+                if expands:
                     if last and pairs < block_pairs:  # it has not seen to all of the next panel's first block
-                        rest = (block_pairs - pairs, exponent, other + _PLAIN_BYTES * pairs)
-                        expand_block(source + record_bytes * pairs, *rest)
+                        rest, target = source + record_bytes * pairs, other + _PLAIN_BYTES * pairs
+                        expand_block(rest, block_pairs - pairs, exponent, target, form)
                     block, other = other, block
+            if whole:
+                _scale(sums, num_rows, words[11] + 4 * panel * PANEL, columns)
+                if words[2]:
+                    _add_bias(sums, num_rows, words[2] + 2 * panel * PANEL, columns)
             out = words[3] + 2 * (first * num_outputs + panel * PANEL)
             _end_sums(sums, num_rows, out, num_outputs, columns)
             item = following

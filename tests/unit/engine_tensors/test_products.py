@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from engine.cpu.panels import PLAIN, TWELVE_BITS
+from engine.cpu.panels import EIGHT_BITS, PLAIN, TWELVE_BITS
 from engine.cpu.products import Products
 from engine.cpu.tiles import has_pair_products
 
@@ -77,3 +77,27 @@ def test_a_matrix_of_many_exponents_stays_plain() -> None:
     assert packed.form == PLAIN
     hidden = torch.eye(90).bfloat16()
     assert torch.equal(products.product(packed, None)(hidden), spread.bfloat16().T)
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(96, 64), (33, 71), (64, 1000)])
+def test_weights_in_eight_bits_are_rounded_by_output(num_outputs: int, num_inputs: int, native: bool) -> None:
+    torch.manual_seed(num_inputs)
+    weight = (
+        torch.randn(num_outputs, num_inputs).bfloat16() * torch.logspace(-3, 3, num_outputs).unsqueeze(1).bfloat16()
+    )
+    weight[5] = 0
+    bias = torch.randn(num_outputs).bfloat16()
+    products = Products(native=native)
+    packed = products.pack(weight, rounded=True)
+    assert packed.form == EIGHT_BITS
+    scales = weight.float().abs().amax(1, keepdim=True) / 127
+    rounded = torch.round(torch.nan_to_num(weight.float() / scales)) * scales
+    assert ((rounded - weight.float()).abs() <= scales / 2 * 1.0001).all()
+    hidden = torch.randn(150, num_inputs).bfloat16()
+    whole = products.product(packed, bias)(hidden)
+    exact = hidden.double() @ rounded.double().T + bias.double()
+    slack = 2.0**-8 * exact.abs() + 1e-6 * num_inputs * weight.double().abs().amax(1)
+    assert ((whole.double() - exact).abs() <= slack).all()
+    for begin, end in ((0, 1), (17, 20), (40, 72), (60, 150)):
+        assert torch.equal(products.product(packed, bias)(hidden[begin:end]), whole[begin:end])
