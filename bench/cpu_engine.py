@@ -1,7 +1,7 @@
 """The engine alone, in this process, on the CPU: decoding and prefill, each beside the limit of the same run.
 
     python bench/cpu_engine.py [--threads 2] [--batches 1,8,32] [--context 160] [--prompts 1024,4096] [--split]
-                               [--weights DIR]
+                               [--weights DIR] [--quantization int8]
 
 The model is a random-weight Qwen3-0.6B in bfloat16 (`bench/random_checkpoint.py`). The limit of a decode step is the
 larger of reading weights, as they lie in memory, and pages once at the measured bandwidth and of its operations at the
@@ -31,7 +31,7 @@ from machine_limits import Limits, measure
 from random_checkpoint import random_checkpoint
 
 from engine.cpu.backend import suits_own_products
-from engine.cpu.panels import PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS
+from engine.cpu.panels import EIGHT_BITS, PLAIN, RECORD_BYTES, RECORD_WEIGHTS, TWELVE_BITS
 from engine.cpu.weight_cache import WeightCache
 from engine.kv_pool import allocate_pool
 from engine.load import LoadedModel, load_model
@@ -139,12 +139,16 @@ def matrix_weights(config: ModelConfig) -> tuple[int, int]:
     return config.num_layers * layer, config.vocab_size * config.hidden_size
 
 
-def decode_limit_s(config: ModelConfig, limits: Limits, batch: int, context: int) -> float:
+def decode_limit_s(
+    config: ModelConfig, limits: Limits, batch: int, context: int, *, quantization: str = "auto"
+) -> float:
     """No step can be shorter: bytes over bandwidth, operations over matrix rate, whichever is more."""
     layers, head = matrix_weights(config)
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
-    weight_bytes = RECORD_BYTES[TWELVE_BITS if suits_own_products() else PLAIN] / RECORD_WEIGHTS
-    read_s = ((layers + head) * weight_bytes + batch * context * token_bytes) / (limits.read_gb_s * 1e9)
+    head_form = TWELVE_BITS if suits_own_products() else PLAIN
+    layer_form = EIGHT_BITS if quantization == "int8" else head_form
+    weight_bytes = (layers * RECORD_BYTES[layer_form] + head * RECORD_BYTES[head_form]) / RECORD_WEIGHTS
+    read_s = (weight_bytes + batch * context * token_bytes) / (limits.read_gb_s * 1e9)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
     return max(read_s, batch * (2 * (layers + head) + attention) / (limits.gflop_s * 1e9))
 
@@ -199,16 +203,17 @@ def main() -> None:
     parser.add_argument("--prompts", default="1024,4096")
     parser.add_argument("--chunk", type=int, default=CHUNK)
     parser.add_argument("--weights", type=Path, help="directory of packed weights; without it, in memory of its own")
+    parser.add_argument("--quantization", default="auto", choices=("auto", "int8"))
     parser.add_argument("--split", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     limits = measure(options.threads)
     split = Split()
     weights = WeightCache(options.weights) if options.weights else None
-    model = load_model(random_checkpoint(), weight_cache=weights)
+    model = load_model(random_checkpoint(), weight_cache=weights, quantization=options.quantization)
     print(
-        f"loaded in {model.load_s:.1f} s; {limits.threads} threads read {limits.read_gb_s:.1f} GB/s, "
-        f"bfloat16 {limits.gflop_s:.0f} GFLOP/s"
+        f"loaded in {model.load_s:.1f} s, weights {model.weight_bytes / 2**20:.0f} MiB; "
+        f"{limits.threads} threads read {limits.read_gb_s:.1f} GB/s, bfloat16 {limits.gflop_s:.0f} GFLOP/s"
     )
     if options.split:
         model = watch(model, split)
@@ -220,7 +225,8 @@ def main() -> None:
     for batch in batches:
         split.seconds.clear()
         times = engine.decode_s(batch, options.context, options.steps)
-        middle_s, limit_s = statistics.median(times), decode_limit_s(model.config, limits, batch, options.context)
+        middle_s = statistics.median(times)
+        limit_s = decode_limit_s(model.config, limits, batch, options.context, quantization=options.quantization)
         print(
             f"decode {batch:3d} x {options.context}: {middle_s * 1e3:7.1f} ms, {batch / middle_s:7.1f} tokens/s "
             f"(limit {batch / limit_s:7.1f}: {limit_s / middle_s:.0%})"

@@ -225,6 +225,7 @@ def open_model(settings: WorkerSettings, *, ceiling_bytes: int | None) -> OpenMo
         dtype=loaded.dtype_name,
         load_format=settings.load_format,
         fp8_matrices=loaded.num_fp8,
+        int8_matrices=loaded.num_int8,
         kv_dtype=loaded.kv_dtype_name,
         page_bytes=plan.page_bytes,
         device=str(loaded.device),

@@ -41,9 +41,14 @@ class Backend(Protocol):
 
     Attributes:
         packs: `linear` keeps a copy in a layout of its own and not the matrix that it is given.
+        rounds: `named_linear` can round to 8 bits.
     """
 
     packs: ClassVar[bool]
+
+    @property
+    def rounds(self) -> bool:
+        """See above."""
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Compile what steps of this model will need. Called once, before the worker is ready."""
@@ -69,8 +74,20 @@ class Backend(Protocol):
             meanwhile: called before another worker is waited for that hands over the same matrices.
         """
 
-    def named_linear(self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
-        """Like `linear`, of a matrix that is read only if the backend does not hold it already under this name."""
+    def named_linear(
+        self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, *, rounded: bool = False
+    ) -> tuple[Linear, int]:
+        """Like `linear`, of a matrix that is read only if the backend does not hold it already under this name.
+
+        Args:
+            name: of the matrix, in its model.
+            read: makes the matrix, `[out, in]`.
+            bias: [out], or None.
+            rounded: weights become whole numbers of 8 bits, with a scale per output. Requires: `rounds`.
+
+        Returns:
+            The product, and the bytes that the matrix takes.
+        """
 
     def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear | None:
         """Take over an FP8 matrix and return its product of inputs of `dtype`; None if it cannot be made here.
@@ -129,6 +146,11 @@ class TorchBackend:
 
     packs: ClassVar[bool] = False
 
+    @property
+    def rounds(self) -> bool:
+        """Nothing is rounded."""
+        return False
+
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Nothing is compiled."""
 
@@ -162,10 +184,14 @@ class TorchBackend:
         del model, num_bytes, meanwhile
         return nullcontext()
 
-    def named_linear(self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
+    def named_linear(
+        self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, *, rounded: bool = False
+    ) -> tuple[Linear, int]:
         """By `linear`."""
         del name
-        return self.linear(read(), bias)
+        assert not rounded  # noqa: S101 - as `rounds` says
+        matrix = read()
+        return self.linear(matrix, bias), matrix.nbytes
 
     def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear | None:
         """None: no FP8 products."""

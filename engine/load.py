@@ -41,6 +41,7 @@ class LoadedModel:
         dtype: of activations, and of weights that are not FP8.
         kv_dtype: of keys and values in pages: `dtype`, or e4m3.
         num_fp8: matrices whose products are made in FP8. num_widened: FP8 matrices that were dequantised instead.
+        num_int8: matrices rounded to 8 bits.
         device: where they are.
         fingerprint: hash of configuration and weights, for `fleet.types.Fingerprint.model`.
         weight_bytes: memory that the weights take, mapped embedding included.
@@ -56,6 +57,7 @@ class LoadedModel:
     weight_bytes: int
     num_fp8: int
     num_widened: int
+    num_int8: int
     load_s: float
 
     @property
@@ -94,7 +96,8 @@ def load_model(
         device: `cpu`, or a torch device.
         cores: shared with other workers; for a backend that computes alike on any number of threads.
         quantization: `auto`: as the checkpoint is; `fp8`: one that is unquantized is quantised as it is loaded, with a
-            scale per output channel, embedding and vocabulary head aside.
+            scale per output channel, embedding and vocabulary head aside; `int8`: likewise its weights alone, on CPUs
+            where our own kernel makes bfloat16 products.
         kv_cache_dtype: of pages: `auto`, the model's own; or `fp8_e4m3`.
         load_format: `auto`: the directory's safetensors; `dummy`: random weights, for measuring. They are those of
             `engine.dummy_checkpoint`, and the directory needs none.
@@ -106,7 +109,7 @@ def load_model(
         ModelNotFound: files are missing.
         UnsupportedModel: the checkpoint needs something that Baton does not have, or does not fit its configuration.
         SettingsError: `quantization`, `kv_cache_dtype` or `load_format` is unknown, the device cannot do it, or `dummy`
-            meets a quantized model.
+            or `int8` meets a quantized model.
     """
     began_s = time.perf_counter()
     config = ModelConfig.from_directory(directory)
@@ -117,16 +120,18 @@ def load_model(
         check_tensors(config, checkpoint)
         resolved = resolve_dtype(dtype, stored_dtype(checkpoint), target)
         kv_dtype = resolve_kv_dtype(kv_cache_dtype, resolved, target)
-        if quantization not in ("auto", "fp8"):
-            raise SettingsError(f"BATON_QUANTIZATION = {quantization!r}: auto or fp8")
+        if quantization not in ("auto", "fp8", "int8"):
+            raise SettingsError(f"BATON_QUANTIZATION = {quantization!r}: auto, fp8 or int8")
         backend = _backend(config, resolved, target, cores, weight_cache)
+        if quantization == "int8":
+            _check_int8(config, resolved, target, backend)
         loader = WeightLoader(
             config,
             checkpoint,
             resolved,
             target,
             backend,
-            quantises=quantization == "fp8" and config.quantization is None,
+            quantization=quantization if config.quantization is None else "auto",
             scales_pages=kv_dtype is E4M3,
         )
         fingerprint = model_fingerprint(checkpoint, config, quantization)
@@ -158,6 +163,7 @@ def load_model(
         weight_bytes=loader.weight_bytes,
         num_fp8=loader.num_fp8,
         num_widened=loader.num_widened,
+        num_int8=loader.num_int8,
         load_s=time.perf_counter() - began_s,
     )
 
@@ -195,6 +201,22 @@ def resolve_kv_dtype(kv_cache_dtype: str, dtype: torch.dtype, device: torch.devi
 def has_fp8(device: torch.device) -> bool:
     """Whether a CUDA device converts and multiplies FP8 numbers."""
     return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def _check_int8(config: ModelConfig, dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
+    """Raises: SettingsError where weights cannot be rounded to 8 bits."""
+    if config.quantization is not None:
+        raise SettingsError("BATON_QUANTIZATION = int8, but the checkpoint is quantized already: leave it at auto")
+    if device.type != "cpu":
+        raise SettingsError(f"BATON_QUANTIZATION = int8 is for CPUs; on {device.type} set fp8")
+    if dtype is not torch.bfloat16:
+        raise SettingsError(
+            f"BATON_QUANTIZATION = int8 needs dtype bfloat16, not {str(dtype).removeprefix('torch.')}: set BATON_DTYPE"
+        )
+    if not backend.rounds:
+        raise SettingsError(
+            "BATON_QUANTIZATION = int8 needs a CPU with AVX512-BF16 and without AMX, and numba: leave it at auto here"
+        )
 
 
 def _backend(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
@@ -28,12 +27,13 @@ class WeightLoader:
         dtype: of whatever is not FP8.
         device: for all of it.
         backend: takes the matrices over.
-        quantises: make FP8 matrices of unquantized ones.
+        quantization: what unquantized matrices become, the vocabulary head aside: `fp8`, `int8` where the backend
+            rounds, or `auto`, what they are.
         scales_pages: multiply the weights around attention so that pages hold keys and values over their scales.
 
     Attributes:
         weight_bytes: memory that the weights take, mapped embedding included.
-        num_fp8: matrices whose products are made in FP8.
+        num_fp8: matrices whose products are made in FP8. num_int8: those rounded to 8 bits.
         num_widened: FP8 matrices that were dequantised instead.
     """
 
@@ -45,7 +45,7 @@ class WeightLoader:
         device: torch.device,
         backend: Backend,
         *,
-        quantises: bool = False,
+        quantization: str = "auto",
         scales_pages: bool = False,
     ) -> None:
         self._config = config
@@ -53,10 +53,11 @@ class WeightLoader:
         self._dtype = dtype
         self._device = device
         self._backend = backend
-        self._quantises = quantises
+        self._quantization = quantization
         self._scales_pages = scales_pages
         self.weight_bytes = 0
         self.num_fp8 = 0
+        self.num_int8 = 0
         self.num_widened = 0
 
     def transformer(self) -> Transformer:
@@ -111,9 +112,11 @@ class WeightLoader:
         bias = self._kept(*parts, kind="bias") if has_bias else None
         matrix = read_fp8(self._checkpoint, parts, self._config.quantization, self._device)
         if matrix is None:
-            if not (quantises and self._quantises):
+            if not (quantises and self._quantization == "fp8"):
                 self.num_widened += sum(is_fp8(self._checkpoint, part.name) for part in parts)
-                return self._take_over(parts, lambda: self._matrix(*parts), bias)
+                rounded = quantises and self._quantization == "int8"
+                self.num_int8 += rounded
+                return self._take_over(parts, lambda: self._matrix(*parts), bias, rounded=rounded)
             matrix = quantise_channels(self._stack(*parts))
         product = self._backend.fp8_linear(matrix, bias, self._dtype)
         if product is not None:
@@ -123,11 +126,14 @@ class WeightLoader:
         self.num_widened += 1
         return self._take_over(parts, lambda: matrix.dequantised(self._dtype), bias)
 
-    def _take_over(self, parts: Many[Part], read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
+    def _take_over(
+        self, parts: Many[Part], read: Callable[[], torch.Tensor], bias: torch.Tensor | None, *, rounded: bool = False
+    ) -> Linear:
         """The backend's product of a matrix of the model's dtype, which it may hold already."""
-        numbers = sum(math.prod(self._checkpoint.tensors[f"{part.name}.weight"].shape) for part in parts)
-        self.weight_bytes += numbers * self._dtype.itemsize
-        return self._backend.named_linear("+".join(part.name for part in parts), read, bias)
+        name = "+".join(part.name for part in parts)
+        product, num_bytes = self._backend.named_linear(name, read, bias, rounded=rounded)
+        self.weight_bytes += num_bytes
+        return product
 
     def _kept(self, *parts: Part, kind: str = "weight") -> torch.Tensor:
         """Stacked tensors that stay as they are."""

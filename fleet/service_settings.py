@@ -26,7 +26,11 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
     ] = "auto"
     dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
     quantization: Annotated[
-        str, Meta(description="auto: as the checkpoint is; fp8: unquantized weights become FP8 as they are loaded")
+        str,
+        Meta(
+            description="auto: as the checkpoint is; fp8: unquantized weights become FP8 as they are loaded; int8: "
+            "likewise whole numbers of 8 bits, on CPUs with AVX512-BF16"
+        ),
     ] = "auto"
     kv_cache_dtype: Annotated[
         str, Meta(description="of KV pages: auto (as computed in) or fp8_e4m3; equal on workers that hand off")

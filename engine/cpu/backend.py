@@ -62,12 +62,20 @@ class CpuBackend(PackedBackend):
             yield
         self._weights = PackedWeights()
 
-    def named_linear(self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> Linear:
+    @property
+    def rounds(self) -> bool:
+        """Where our own kernel computes."""
+        return self._products is not None
+
+    def named_linear(
+        self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, *, rounded: bool = False
+    ) -> tuple[Linear, int]:
         """From the file if it is there."""
         products = self._products
         if products is None:
-            return super().named_linear(name, read, bias)
-        return products.product(self._weights.matrix(name, lambda: products.pack(read())), bias)
+            return super().named_linear(name, read, bias, rounded=rounded)
+        packed = self._weights.matrix(name, lambda: products.pack(read(), rounded=rounded))
+        return products.product(packed, bias), packed.num_bytes
 
     def warm(self, config: ModelConfig, page_size: int) -> None:
         """Compile, or load from the cache, all kernels of the model, so that no request waits for one."""

@@ -21,3 +21,8 @@ class Packed:
     form: str
     shape: tuple[int, int]
     arrays: dict[str, torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())

@@ -152,7 +152,7 @@ def _put_exceptions(exceptions: Any, at: int, end: int, block: int, first_pair: 
 
 
 @functools.cache
-def panel_products(form: str, native: bool) -> Any:  # noqa: PLR0915 - as below
+def panel_products(form: str, native: bool) -> Any:  # noqa: C901, PLR0915 - as below
     """The kernel for matrices of a form.
 
     Words: addresses of tokens `[M, K]` bf16, of panels, of a bias `[N]` bf16 or 0, of the result `[M, N]` bf16; M; N;

@@ -158,7 +158,7 @@ def test_configurations_that_we_lack_are_named(
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"quantization": "int4"}, "BATON_QUANTIZATION = 'int4': auto or fp8"),
+        ({"quantization": "int4"}, "BATON_QUANTIZATION = 'int4': auto, fp8 or int8"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "BATON_KV_CACHE_DTYPE = 'fp8_e5m2': auto or fp8_e4m3"),
     ],
 )

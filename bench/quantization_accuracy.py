@@ -1,11 +1,12 @@
-"""What FP8 costs in accuracy: perplexity of the demo model, logits of a real shape, rounding of keys and values.
+"""What FP8 and int8 cost in accuracy: perplexity of the demo model, logits of a real shape, rounding of pages.
 
-    python bench/fp8_accuracy.py [--texts 24] [--tokens 96] [--skip-shape]
+    python bench/quantization_accuracy.py [--texts 24] [--tokens 96] [--skip-shape]
 
-Runs on a CPU. Products quantise their inputs as a GPU's do (`engine.fp8.product_twin`, the specification of both GPU
-paths), so the figures are those of a GPU but for the order of sums. Weights are quantised per output channel as they
-are loaded. Texts are the demo model's kind, of a seed that it was not trained on. Everything is compared with bfloat16
-on the same tokens: difference of logits (largest, root mean square) and Kullback-Leibler divergence per token.
+Runs on a CPU. FP8 products quantise their inputs as a GPU's do (`engine.fp8.product_twin`, the specification of both
+GPU paths), so the figures are those of a GPU but for the order of sums; int8 rounds weights alone, as CPUs compute it.
+Weights are quantised per output channel as they are loaded. Texts are the demo model's kind, of a seed that it was not
+trained on. Everything is compared with bfloat16 on the same tokens: difference of logits (largest, root mean square)
+and Kullback-Leibler divergence per token.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import importlib
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +41,26 @@ VARIANTS: dict[str, dict[str, str]] = {
     "FP8 weights": {"quantization": "fp8"},
     "FP8 pages": {"kv_cache_dtype": "fp8_e4m3"},
     "both": {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"},
+    "int8 weights": {"quantization": "int8"},
 }
 
 
 class TwinBackend(TorchBackend):
-    """Plain torch with FP8 products by definition."""
+    """Plain torch with FP8 and int8 products by definition."""
+
+    rounds = True
+
+    def named_linear(
+        self, name: str, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, *, rounded: bool = False
+    ) -> tuple[Linear, int]:
+        """Weights are rounded to whole numbers; inputs stay as they are."""
+        if not rounded:
+            return super().named_linear(name, read, bias)
+        matrix = read().float()
+        scales = matrix.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        whole = torch.round(matrix / scales) * scales
+        wide = None if bias is None else bias.float()
+        return lambda hidden: functional.linear(hidden.float(), whole, wide).to(hidden.dtype), matrix.numel()
 
     def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
         """Inputs are quantised too."""
