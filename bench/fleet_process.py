@@ -21,10 +21,9 @@ import child_process
 from stage_results import Fault
 from stages import Clock
 
-_STOP_S = 15.0
+_STOP_S = 10.0
 _POLL_S = 0.25
-_CRASHES = 2
-"""So often may workers end before a start counts as failed."""
+_PROBE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,9 @@ class FleetSpec:
 
 
 class Fleets:
-    """At most one runs; asking for another ends it. Use `close` at the end.
+    """At most one runs; asking for another ends it, and one that failed its client and no longer answers is replaced.
+
+    Use `close` at the end.
 
     Args:
         logs: folder of what they say.
@@ -49,6 +50,7 @@ class Fleets:
         self._environment = dict(environment) | {"XDG_STATE_HOME": str(logs)}
         self._running: tuple[FleetSpec, subprocess.Popen[bytes], int] | None = None
         self._broken: set[str] = set()
+        self._is_suspect = False  # it has failed its client
 
     @property
     def url(self) -> str:
@@ -64,7 +66,7 @@ class Fleets:
             Fault: it does not come up, or did not earlier; with the ends of its processes' logs.
         """
         if self._running is not None:
-            if self._running[0] == spec and self._is_ready():
+            if self._running[0] == spec and self._is_ready() and not (self._is_suspect and not self._answers()):
                 return None
             self.close()
         if spec.name in self._broken:
@@ -77,13 +79,15 @@ class Fleets:
         log = self._logs / f"{spec.name}.log"
         process = child_process.start([*words, "--port", str(port), *spec.flags], log, self._environment)
         self._running = spec, process, port
+        self._is_suspect = False
         while not self._is_ready():
-            crashes = child_process.tail(log).count(": restarting")
-            if process.poll() is not None or clock.left_s == 0 or crashes >= _CRASHES:
+            if process.poll() is not None or clock.left_s == 0:
                 self._broken.add(spec.name)
                 said = self._said()
                 self.close()
-                raise Fault(f"the fleet {spec.name} did not come up in {time.monotonic() - began_s:.0f} s:\n{said}")
+                reason = (re.findall(r'error=("[^"\n]*"|\S+)', said) or ["its time was up"])[0]
+                took_s = time.monotonic() - began_s
+                raise Fault(f"the fleet {spec.name} did not come up in {took_s:.0f} s: {reason}\n{said}")
             time.sleep(_POLL_S)
         return time.monotonic() - began_s
 
@@ -107,28 +111,31 @@ class Fleets:
         Raises:
             Fault: a request failed, or time was up; with what client and services said.
         """
+        try:
+            return self._load(clock, *words)
+        except Fault as fault:
+            self._is_suspect = True
+            raise Fault(f"{fault}\n{self._said()}") from None
+
+    def _load(self, clock: Clock, *words: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
             common = ["--url", f"{self.url}/v1", "--no-progress", "--json", str(report), "--ignore-eos"]
-            try:
-                child_process.run(["-m", "loadtest", *words, *common], clock, self._logs / "loadtest.log")
-            except Fault as fault:
-                raise Fault(f"{fault}\n{self._said()}") from None
+            child_process.run(["-m", "loadtest", *words, *common], clock, self._logs / "loadtest.log")
             read: dict[str, Any] = json.loads(report.read_text())
         summary = read.get("summary", {})
         if summary.get("num_ok") != summary.get("num_sent"):
-            errors = f"{summary['num_sent'] - summary['num_ok']} of {summary['num_sent']} requests failed"
-            raise Fault(f"{errors}: {summary['errors']}\n{self._said()}")
+            raise Fault(f"{summary['num_ok']} of {summary['num_sent']} requests succeeded: {summary['errors']}")
         return read
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> str:
+    def ask(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = 60.0) -> str:
         """One HTTP request to the gateway, of JSON if there is a body. Raises Fault."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # noqa: S310 - our own address
             f"{self.url}{path}", data, {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
                 return str(answer.read().decode())
         except OSError as error:
             raise Fault(f"{path}: {error}") from error
@@ -143,6 +150,15 @@ class Fleets:
             if found.get("outcome") == "given" and float(value):
                 used[found["transport"]] = used.get(found["transport"], 0.0) + float(value)
         return used
+
+    def _answers(self) -> bool:
+        assert self._running is not None  # noqa: S101 - `need` has looked
+        body = {"model": self._running[0].name, "prompt": "One", "max_tokens": 4, "ignore_eos": True}
+        try:
+            self.ask("/v1/completions", body, timeout_s=_PROBE_S)
+        except Fault:
+            return False
+        return True
 
     def _is_ready(self) -> bool:
         try:

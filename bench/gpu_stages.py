@@ -95,7 +95,7 @@ class GpuStages:
         stages = [
             Stage("limits", 90, self.limits),
             Stage("kernels", 200, self.kernels),
-            Stage("answers", 120, self.answers),
+            Stage("answers", 150, self.answers),
             Stage("one_stream", 60, partial(self.one_stream, fp8=False), main),
             Stage("prefill", 60, self.prefill, main),
             Stage("hand_off", 60, self.hand_off, main),

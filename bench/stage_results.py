@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
-_FAULT_CHARS = 6000
+_FAULT_CHARS, _HEAD_CHARS = 8000, 500
 _PER_STAGE = ("commit", "sharing")
 """Facts of the machine that may differ between stages of one file."""
 
@@ -53,8 +53,11 @@ class Booking:
         self._results.save()
 
     def fault(self, text: str) -> None:
-        """Book what went wrong; the stage counts as failed."""
-        self._entry["faults"].append(text[-_FAULT_CHARS:] if len(text) > _FAULT_CHARS else text)
+        """Book what went wrong, of a long text the first line and the end; the stage counts as failed."""
+        if len(text) > _FAULT_CHARS:
+            head = text.partition("\n")[0][:_HEAD_CHARS]
+            text = f"{head}\n…{text[-_FAULT_CHARS:]}"
+        self._entry["faults"].append(text)
         print(f"FAULT: {text}", flush=True)
         self._results.save()
 
