@@ -39,6 +39,7 @@ from stages import Clock, choose, run
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS_S = 90.0
+TESTS = "tests/unit/kernels"
 _DUMMY = ("--load-format", "dummy")
 FLAGS = (
     *_DUMMY, "--transports", "cuda_ipc", "--max-num-seqs", "256", "--max-step-tokens", "8192",
@@ -50,10 +51,12 @@ def scales(model: Path, *, rehearse: bool) -> Scale:
     """What is asked of the GPU, or of a CPU in a rehearsal."""
     if rehearse:
         profiled = ("--context", "64", "--steps", "20", "--device", "cpu")
-        return Scale(8, 24, 48, (128, 400), 400, 4.0, None, (*profiled, *_DUMMY), "")
+        return Scale(
+            8, 24, 48, (128, 400), 400, 4.0, None, (*profiled, *_DUMMY), "", (f"{TESTS}/test_kernel_pages.py",)
+        )
     profiled = ("--model", str(model), "--device", "cuda", "--kv-cache-bytes", str(8 * 2**30))
     return Scale(
-        256, 768, 1024, (1024, 4096, 8192), 8192, 20.0, Sizes.of(QWEN3_8B), (*profiled, *_DUMMY), "cuda_ipc"
+        256, 768, 1024, (1024, 4096, 8192), 8192, 20.0, Sizes.of(QWEN3_8B), (*profiled, *_DUMMY), "cuda_ipc", (TESTS,)
     )  # fmt: skip
 
 

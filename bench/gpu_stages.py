@@ -6,7 +6,9 @@ those bytes; a prompt costs two operations per weight and token plus attention, 
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ class Scale:
         sizes: of the model, None where there are no limits and targets to compare with.
         profiled: arguments of `bench/idle_gaps.py`.
         transport: that hand-offs must take, empty for any.
+        tests: files or folders of the kernels' tests.
     """
 
     streams: int
@@ -49,6 +52,7 @@ class Scale:
     sizes: Sizes | None
     profiled: tuple[str, ...]
     transport: str
+    tests: tuple[str, ...]
 
 
 class GpuStages:
@@ -90,7 +94,7 @@ class GpuStages:
         self._logs = logs
 
     def all(self, *, fp8: bool) -> list[Stage]:
-        """In the order in which they are worth having; the last two where the card has `fp8`."""
+        """In the order in which they are worth having; the one of FP8 weights where the card has `fp8`."""
         main, of_fp8 = self._need(self._main), self._need(self._fp8)
         stages = [
             Stage("limits", 90, self.limits),
@@ -105,7 +109,7 @@ class GpuStages:
         ]
         if fp8:
             stages.append(Stage("one_stream_fp8", 60, partial(self.one_stream, fp8=True), of_fp8))
-        return stages
+        return [*stages, Stage("kernel_tests", 240, self.kernel_tests)]
 
     def limits(self, booking: Booking, clock: Clock) -> None:
         """Copy and product rates of the device."""
@@ -232,6 +236,16 @@ class GpuStages:
         booking.add("idle between its kernels", found["idle_share"] * 100, "%", target=target, at_most=True)
         booking.add("of it in gaps beyond 5 us", found["long_gap_share"] * 100, "%")
 
+    def kernel_tests(self, booking: Booking, clock: Clock) -> None:
+        """The kernels' own tests, whole models among them, compiled where there is a GPU and interpreted elsewhere."""
+        if importlib.util.find_spec("pytest") is None:
+            raise Fault("pytest is not installed")
+        self._fleets.close()
+        # Our configuration asks for plugins that a bare machine lacks.
+        plain = ("-c", os.devnull, "--rootdir", ".", "-o", "pythonpath=. tests", "-p", "no:cacheprovider")
+        said = self._run(clock, "-m", "pytest", "-q", "--tb=short", *plain, *self._scale.tests)
+        booking.say(said.splitlines()[-1])
+
     def _decode_limit(self, streams: int, *, fp8: bool = False) -> float | None:
         """Tokens per second at which all bytes are read once per step."""
         copy, sizes = self._results.value("limits", COPY), self._scale.sizes
@@ -248,7 +262,7 @@ class GpuStages:
         return need, START_S
 
     def _run(self, clock: Clock, script: str, *words: str, on_line: Callable[[str], None] | None = None) -> str:
-        log = self._logs / f"{Path(script).stem}.log"
+        log = self._logs / f"{Path(words[0] if script == '-m' else script).stem}.log"
         return child_process.run([script, *words], clock, log, environment=self._environment, on_line=on_line)
 
 

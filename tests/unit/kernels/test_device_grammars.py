@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -100,9 +101,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return directory
 
 
-async def test_constrained_rows_run_ahead_and_choose_as_the_host_does(checkpoint: Path) -> None:
+def test_constrained_rows_run_ahead_and_choose_as_the_host_does(checkpoint: Path) -> None:
     host = Driver(checkpoint)
-    expected = await drive(host, host.runner)
+    expected = asyncio.run(drive(host, host.runner))
     assert [expected[f"r{at}"][2] for at in (3, 4)] == [FinishReason.STOP, FinishReason.ERROR]
     driver = with_kernels(checkpoint)
     backend = driver.model.transformer.backend
@@ -118,7 +119,7 @@ async def test_constrained_rows_run_ahead_and_choose_as_the_host_does(checkpoint
     )
     runner = ModelRunner(driver.model, driver.pool, driver.page_size, driver.grammars, graphs)
     counted = Counted(runner)
-    assert await drive(driver, counted) == expected
+    assert asyncio.run(drive(driver, counted)) == expected
     assert runner.num_steps["device_grammar"] > 8
     assert set(runner.num_steps) <= {"prompt", "device", "device_grammar"}
     assert counted.num_unseen > 20, "forward passes of constrained rows waited for tokens"
