@@ -125,7 +125,8 @@ class Fleets:
             read: dict[str, Any] = json.loads(report.read_text())
         summary = read.get("summary", {})
         if summary.get("num_ok") != summary.get("num_sent"):
-            raise Fault(f"{summary['num_ok']} of {summary['num_sent']} requests succeeded: {summary['errors']}")
+            rate = f"{summary['output_tokens_per_s']:.0f} tokens/s all the same"
+            raise Fault(f"{summary['num_ok']} of {summary['num_sent']} requests succeeded: {summary['errors']}; {rate}")
         return read
 
     def ask(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = 60.0) -> str:

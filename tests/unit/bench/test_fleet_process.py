@@ -49,7 +49,8 @@ FAKE_LOADTEST = """
 import json, sys
 sent, ok = map(int, sys.argv[1:3])
 with open(sys.argv[sys.argv.index("--json") + 1], "w") as file:
-    json.dump({"summary": {"num_sent": sent, "num_ok": ok, "errors": {"timeout": sent - ok}}}, file)
+    errors = {"timeout": sent - ok}
+    json.dump({"summary": {"num_sent": sent, "num_ok": ok, "errors": errors, "output_tokens_per_s": 9.6}}, file)
 """
 
 
@@ -103,6 +104,6 @@ def test_one_that_failed_its_client_is_replaced_unless_it_answers(
     fleets: Fleets, flags: tuple[str, ...], is_replaced: bool
 ) -> None:
     fleets.need(spec("main", *flags), Clock(20))
-    with pytest.raises(Fault, match=r"3 of 4 requests succeeded: \{'timeout': 1\}"):
+    with pytest.raises(Fault, match=r"3 of 4 requests succeeded: \{'timeout': 1\}; 10 tokens/s"):
         fleets.load(Clock(20), "4", "3")
     assert (fleets.need(spec("main", *flags), Clock(20)) is not None) == is_replaced
