@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from stage_results import Fault
@@ -111,6 +113,18 @@ def run(
         if process.returncode != 0:
             raise Fault(f"{name}: exit status {process.returncode}; the end of what it said:\n{tail(log)}")
     return log.read_text(errors="replace")
+
+
+def run_for_json(words: Sequence[str], clock: Clock, log: Path, *, environment: Mapping[str, str] | None = None) -> Any:
+    """What a program says on its last line of JSON; libraries may warn after it.
+
+    Raises:
+        Fault: as `run`, or there is no such line.
+    """
+    for line in reversed(run(words, clock, log, environment=environment).splitlines()):
+        with contextlib.suppress(ValueError):
+            return json.loads(line)
+    raise Fault(f"{words[0]}: no line of JSON in what it said:\n{tail(log)}")
 
 
 def tail(log: Path, num_chars: int = TAIL_CHARS) -> str:

@@ -62,8 +62,7 @@ def scales(model: Path, *, rehearse: bool) -> Scale:
 
 def machine(logs: Path) -> dict[str, Any]:
     """See `bench/gpu_facts.py`. Raises Fault."""
-    said = child_process.run(["bench/gpu_facts.py"], Clock(FACTS_S), logs / "gpu_facts.log")
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    found: dict[str, Any] = child_process.run_for_json(["bench/gpu_facts.py"], Clock(FACTS_S), logs / "gpu_facts.log")
     print(json.dumps(found), flush=True)
     return found
 
@@ -97,7 +96,7 @@ def acceptance(options: argparse.Namespace, logs: Path) -> int:
         ).all(fp8=options.rehearse or found["gpu"]["fp8"])
         chosen = choose(stages, results, only=options.only, skip=options.skip)
         try:
-            run(chosen, results, budget_s=budget.left_s)
+            run(chosen, results, budget)
         finally:
             fleets.close()
             print(f"\n{results.table()}\nwritten: {options.out / slug}.json; logs: {logs}", flush=True)

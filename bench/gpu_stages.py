@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import child_process
 from fleet_process import Fleets, FleetSpec
@@ -113,7 +114,7 @@ class GpuStages:
 
     def limits(self, booking: Booking, clock: Clock) -> None:
         """Copy and product rates of the device."""
-        found = json.loads(self._run(clock, "bench/device_limits.py").splitlines()[-1])
+        found = self._run_for_json(clock, "bench/device_limits.py")
         if found is None:
             booking.say("no GPU, no limits")
             return
@@ -125,14 +126,14 @@ class GpuStages:
         """Every kernel against its twin; a part that ends or hangs the process leaves the parts after it to another."""
         left = list(PARTS)
         while left:
-            part = _PartClock(clock)
+            part = Clock(PART_S, clock)
             begun: list[str] = []
 
-            def hear(line: str, part: _PartClock = part, begun: list[str] = begun) -> None:
+            def hear(line: str, part: Clock = part, begun: list[str] = begun) -> None:
                 booking.say(line)
                 if line.startswith(BEGIN):
                     begun.append(line.removeprefix(BEGIN))
-                    part.begin()
+                    part.restart()
 
             try:
                 self._run(part, "bench/kernels.py", "--parts", *left, on_line=hear)
@@ -230,7 +231,7 @@ class GpuStages:
     def idle_gaps(self, booking: Booking, clock: Clock) -> None:
         """What the device waits between the kernels of decode steps."""
         self._fleets.close()
-        found = json.loads(self._run(clock, "bench/idle_gaps.py", *self._scale.profiled).splitlines()[-1])
+        found = self._run_for_json(clock, "bench/idle_gaps.py", *self._scale.profiled)
         target = 3.0 if self._scale.sizes else None
         booking.add(f"decode step, {found['batch']} streams, profiled", found["step_ms"], "ms")
         booking.add("idle between its kernels", found["idle_share"] * 100, "%", target=target, at_most=True)
@@ -261,21 +262,11 @@ class GpuStages:
 
         return need, START_S
 
-    def _run(self, clock: Clock, script: str, *words: str, on_line: Callable[[str], None] | None = None) -> str:
-        log = self._logs / f"{Path(words[0] if script == '-m' else script).stem}.log"
-        return child_process.run([script, *words], clock, log, environment=self._environment, on_line=on_line)
+    def _run(self, clock: Clock, *words: str, on_line: Callable[[str], None] | None = None) -> str:
+        return child_process.run(words, clock, self._log(words), environment=self._environment, on_line=on_line)
 
+    def _run_for_json(self, clock: Clock, *words: str) -> Any:
+        return child_process.run_for_json(words, clock, self._log(words), environment=self._environment)
 
-class _PartClock(Clock):
-    """A stage's clock, and within it one that begins anew with each part."""
-
-    def __init__(self, stage: Clock) -> None:
-        super().__init__(PART_S)
-        self._stage = stage
-
-    def begin(self) -> None:
-        super().__init__(PART_S)
-
-    @property
-    def left_s(self) -> float:
-        return min(super().left_s, self._stage.left_s)
+    def _log(self, words: tuple[str, ...]) -> Path:
+        return self._logs / f"{Path(words[1] if words[0] == '-m' else words[0]).stem}.log"

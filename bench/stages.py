@@ -13,15 +13,22 @@ LEAST_S = 5.0
 
 
 class Clock:
-    """What is left of a time limit."""
+    """What is left of a time limit, and of one around it."""
 
-    def __init__(self, limit_s: float) -> None:
-        self._end_s = time.monotonic() + limit_s
+    def __init__(self, limit_s: float, within: Clock | None = None) -> None:
+        self._limit_s = limit_s
+        self._within = within
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew; the limit around it goes on."""
+        self._end_s = time.monotonic() + self._limit_s
 
     @property
     def left_s(self) -> float:
         """Never negative."""
-        return max(0.0, self._end_s - time.monotonic())
+        own_s = max(0.0, self._end_s - time.monotonic())
+        return own_s if self._within is None else min(own_s, self._within.left_s)
 
 
 @dataclass(frozen=True)
@@ -59,14 +66,13 @@ def choose(stages: Sequence[Stage], results: Results, *, only: Iterable[str], sk
     ]
 
 
-def run(stages: Sequence[Stage], results: Results, *, budget_s: float) -> None:
+def run(stages: Sequence[Stage], results: Results, budget: Clock) -> None:
     """Run them in turn until the budget is used up; what is left then is booked as not run."""
-    budget = Clock(budget_s)
     for stage in stages:
         with results.stage(stage.name) as booking:
             if budget.left_s < LEAST_S:
-                raise Fault(f"not run: the budget of {budget_s:g} s is used up; go on with --resume")
+                raise Fault("not run: the budget is used up; go on with --resume")
             if stage.needs is not None:
                 prepare, limit_s = stage.needs
-                prepare(Clock(min(limit_s, budget.left_s)))
-            stage.work(booking, Clock(min(stage.limit_s, budget.left_s)))
+                prepare(Clock(limit_s, budget))
+            stage.work(booking, Clock(stage.limit_s, budget))

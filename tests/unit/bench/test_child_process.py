@@ -37,6 +37,13 @@ def test_lines_are_heard_as_they_come_and_the_end_too(tmp_path: Path) -> None:
     assert said.split() == heard
 
 
+def test_json_is_found_before_a_librarys_last_words(tmp_path: Path) -> None:
+    words = ["-c", "import sys; print('{\"a\": 1}', flush=True); print('[W] profiler: bye', file=sys.stderr)"]
+    assert child_process.run_for_json(words, Clock(30), tmp_path / "log") == {"a": 1}
+    with pytest.raises(Fault, match="no line of JSON"):
+        child_process.run_for_json(["-c", "print('hello')"], Clock(30), tmp_path / "log")
+
+
 def test_a_failure_brings_the_end_of_what_was_said(tmp_path: Path) -> None:
     with pytest.raises(Fault, match=r"exit status 1(.|\n)*no such kernel"):
         child_process.run(["-c", "print('x' * 9000); raise SystemExit('no such kernel')"], Clock(30), tmp_path / "log")

@@ -13,7 +13,7 @@ from gpu_stages import COPY, PRODUCT, GpuStages, Scale
 from model_directory import QWEN3_8B
 from model_sizes import Sizes
 from stage_results import Results
-from stages import Stage, run
+from stages import Clock, Stage, run
 
 SIZES = Sizes.of(QWEN3_8B)
 FAKE_KERNELS = """
@@ -69,7 +69,7 @@ def test_figures_stand_beside_limits_of_the_file(tmp_path: Path, scale: Scale) -
     stages = made(tmp_path, fleets, results, scale)
     run(
         [stages[name] for name in ("one_stream", "one_stream_fp8", "saturated", "prefill", "hand_off")],
-        results, budget_s=60,
+        results, Clock(60),
     )  # fmt: skip
     rows = {
         row["name"]: row for stage in json.loads((tmp_path / "results.json").read_text())["stages"].values()
@@ -93,7 +93,7 @@ def test_pages_that_went_another_way_are_a_fault(tmp_path: Path, scale: Scale) -
     results = Results(tmp_path / "results.json", {})
     fleets = FakeFleets()
     fleets.transports = {"cuda_ipc": 1.0, "tcp": 7.0}
-    run([made(tmp_path, fleets, results, scale)["hand_off"]], results, budget_s=60)
+    run([made(tmp_path, fleets, results, scale)["hand_off"]], results, Clock(60))
     assert results.failed == ["hand_off"]
     assert "pages went over {'cuda_ipc': 1.0, 'tcp': 7.0}, not cuda_ipc" in results.table()
 
@@ -106,7 +106,7 @@ def test_a_kernel_that_takes_its_process_along_leaves_the_parts_after_it(
     monkeypatch.setattr(child_process, "ROOT", tmp_path)
     monkeypatch.setattr("gpu_stages.PART_S", 2.0)
     results = Results(tmp_path / "results.json", {})
-    run([made(tmp_path, FakeFleets(), results, scale)["kernels"]], results, budget_s=60)
+    run([made(tmp_path, FakeFleets(), results, scale)["kernels"]], results, Clock(60))
     entry = json.loads((tmp_path / "results.json").read_text())["stages"]["kernels"]
     parts = [line.removeprefix("line of ") for line in entry["lines"] if line.startswith("line of")]
     assert parts == ["rows", "decode", "prefill", "sampling", "copies", "fp8"]

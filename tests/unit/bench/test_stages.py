@@ -44,7 +44,7 @@ def test_a_fault_is_booked_and_the_next_stage_goes_on(path: Path) -> None:
         Stage("second", 9, fail(RuntimeError("unforeseen"))),
         Stage("third", 9, figure(6.0)),
     ]
-    run(stages, results, budget_s=60)
+    run(stages, results, Clock(60))
     found = stages_of(path)
     assert [entry["state"] for entry in found.values()] == ["failed", "failed", "done"]
     assert found["first"]["faults"] == ["no such kernel\nits log"]
@@ -67,7 +67,7 @@ def test_the_file_holds_a_figure_while_its_stage_still_runs(path: Path) -> None:
         booking.say("a line")
         seen.append(stages_of(path)["only"])
 
-    run([Stage("only", 9, work)], Results(path, MACHINE), budget_s=60)
+    run([Stage("only", 9, work)], Results(path, MACHINE), Clock(60))
     assert (seen[0]["state"], seen[0]["rows"][0]["value"], seen[0]["lines"]) == ("running", 1.0, ["a line"])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -75,7 +75,7 @@ def test_the_file_holds_a_figure_while_its_stage_still_runs(path: Path) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
 def test_an_interrupted_run_leaves_what_it_had(path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
-        run([Stage("first", 9, figure(1.0)), Stage("second", 9, fail(error))], Results(path, MACHINE), budget_s=60)
+        run([Stage("first", 9, figure(1.0)), Stage("second", 9, fail(error))], Results(path, MACHINE), Clock(60))
     found = stages_of(path)
     assert found["first"]["state"] == "done"
     assert found["second"]["state"] == "failed"
@@ -92,7 +92,7 @@ def test_limits_are_a_stages_own_within_the_budget(path: Path) -> None:
         left["prepared"] = clock.left_s
 
     stages = [Stage("short", 7, work("short"), (prepare, 11)), Stage("long", 1000, work("long"))]
-    run(stages, Results(path, MACHINE), budget_s=50)
+    run(stages, Results(path, MACHINE), Clock(50))
     assert left["short"] == pytest.approx(7, abs=1)
     assert left["prepared"] == pytest.approx(11, abs=1)
     assert left["long"] == pytest.approx(50, abs=2)
@@ -105,13 +105,13 @@ def test_what_the_budget_leaves_no_time_for_is_said_and_resumed(path: Path) -> N
         return lambda _booking, _clock: ran.append(name)
 
     stages = [Stage("first", 9, work("first")), Stage("second", 9, work("second"))]
-    run(stages, Results(path, MACHINE), budget_s=LEAST_S / 2)
+    run(stages, Results(path, MACHINE), Clock(LEAST_S / 2))
     assert ran == []
     assert "--resume" in stages_of(path)["first"]["faults"][0]
     results = Results(path, MACHINE, resume=True)
-    run(choose(stages, results, only=[], skip=["second"]), results, budget_s=60)
+    run(choose(stages, results, only=[], skip=["second"]), results, Clock(60))
     results = Results(path, MACHINE, resume=True)
-    run(choose(stages, results, only=[], skip=[]), results, budget_s=60)
+    run(choose(stages, results, only=[], skip=[]), results, Clock(60))
     assert ran == ["first", "second"]
     assert Results(path, MACHINE, resume=True).failed == []
 
@@ -120,18 +120,18 @@ def test_what_a_stage_needs_and_does_not_get_is_its_fault(path: Path) -> None:
     def refuse(_clock: Clock) -> None:
         raise Fault("no fleet")
 
-    run([Stage("first", 9, figure(1.0), (refuse, 5))], Results(path, MACHINE), budget_s=60)
+    run([Stage("first", 9, figure(1.0), (refuse, 5))], Results(path, MACHINE), Clock(60))
     assert stages_of(path)["first"]["faults"] == ["no fleet"]
     assert stages_of(path)["first"]["rows"] == []
 
 
 def test_resuming_replaces_named_stages_and_keeps_the_others(path: Path) -> None:
     stages = [Stage("first", 9, figure(1.0)), Stage("second", 9, figure(2.0))]
-    run(stages, Results(path, MACHINE), budget_s=60)
+    run(stages, Results(path, MACHINE), Clock(60))
     again = [Stage("first", 9, figure(7.0)), Stage("second", 9, figure(8.0))]
     results = Results(path, {"gpu": "same"}, resume=True)
     assert choose(again, results, only=[], skip=[]) == []
-    run(choose(again, results, only=["first"], skip=[]), results, budget_s=60)
+    run(choose(again, results, only=["first"], skip=[]), results, Clock(60))
     assert results.value("first", "speed") == 7.0
     assert results.value("second", "speed") == 2.0
     assert results.value("third", "speed") is None
