@@ -110,7 +110,7 @@ class GpuStages:
         ]
         if fp8:
             stages.append(Stage("one_stream_fp8", 60, partial(self.one_stream, fp8=True), of_fp8))
-        return [*stages, Stage("kernel_tests", 240, self.kernel_tests)]
+        return [*stages, Stage("gateway", 60, self.gateway), Stage("kernel_tests", 240, self.kernel_tests)]
 
     def limits(self, booking: Booking, clock: Clock) -> None:
         """Copy and product rates of the device."""
@@ -236,6 +236,15 @@ class GpuStages:
         booking.add(f"decode step, {found['batch']} streams, profiled", found["step_ms"], "ms")
         booking.add("idle between its kernels", found["idle_share"] * 100, "%", target=target, at_most=True)
         booking.add("of it in gaps beyond 5 us", found["long_gap_share"] * 100, "%")
+
+    def gateway(self, booking: Booking, clock: Clock) -> None:
+        """What the gateway adds on this machine's CPU, with made-up workers."""
+        report = self._logs / "gateway_overhead.json"
+        self._run(clock, "bench/gateway_overhead.py", "--duration-s", "5", "--tokens", "500", "--json", str(report))
+        found = json.loads(report.read_text())
+        for row in found["latency"]:
+            booking.add(f"{row['name']}, p95", row["p95_ms"], "ms", target=2.0, at_most=True)
+        booking.add("streamed", found["throughput"]["tokens_per_core_s"], "tokens per core and s", target=20_000.0)
 
     def kernel_tests(self, booking: Booking, clock: Clock) -> None:
         """The kernels' own tests, whole models among them, compiled where there is a GPU and interpreted elsewhere."""
