@@ -50,14 +50,30 @@ FLAGS = (
 def scales(model: Path, *, rehearse: bool) -> Scale:
     """What is asked of the GPU, or of a CPU in a rehearsal."""
     if rehearse:
-        profiled = ("--context", "64", "--steps", "20", "--device", "cpu")
         return Scale(
-            8, 24, 48, (128, 400), 400, 4.0, None, (*profiled, *_DUMMY), "", (f"{TESTS}/test_kernel_pages.py",)
+            streams=8,
+            saturated_requests=24,
+            outputs=48,
+            prompts=(128, 400),
+            long_prompt=400,
+            phase_s=4.0,
+            sizes=None,
+            profiled=("--device", "cpu", "--context", "64", "--steps", "20", *_DUMMY),
+            transport="",
+            tests=(f"{TESTS}/test_kernel_pages.py",),
         )
-    profiled = ("--model", str(model), "--device", "cuda", "--kv-cache-bytes", str(8 * 2**30))
     return Scale(
-        256, 768, 1024, (1024, 4096, 8192), 8192, 20.0, Sizes.of(QWEN3_8B), (*profiled, *_DUMMY), "cuda_ipc", (TESTS,)
-    )  # fmt: skip
+        streams=256,
+        saturated_requests=768,
+        outputs=1024,
+        prompts=(1024, 4096, 8192),
+        long_prompt=8192,
+        phase_s=20.0,
+        sizes=Sizes.of(QWEN3_8B),
+        profiled=("--device", "cuda", "--model", str(model), "--kv-cache-bytes", str(8 * 2**30), *_DUMMY),
+        transport="cuda_ipc",
+        tests=(TESTS,),
+    )
 
 
 def machine(logs: Path) -> dict[str, Any]:
