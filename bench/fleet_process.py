@@ -35,6 +35,15 @@ class FleetSpec:
     flags: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class HandOffs:
+    """How many were given over a transport, the bytes of pages that moved, and how long copying them took."""
+
+    count: float
+    num_bytes: float
+    copy_s: float
+
+
 class Fleets:
     """At most one runs; asking for another ends it, and one that failed its client and no longer answers is replaced.
 
@@ -141,16 +150,17 @@ class Fleets:
         except OSError as error:
             raise Fault(f"{path}: {error}") from error
 
-    def hand_offs(self) -> dict[str, float]:
-        """Hand-offs given since the start, by transport, as the gateway's metrics tell."""
-        used: dict[str, float] = {}
-        for labels, value in re.findall(
-            r"^baton_worker_hand_offs_total\{([^}]*)\} (\S+)", self.ask("/metrics"), re.MULTILINE
-        ):
-            found = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-            if found.get("outcome") == "given" and float(value):
-                used[found["transport"]] = used.get(found["transport"], 0.0) + float(value)
-        return used
+    def hand_offs(self) -> dict[str, HandOffs]:
+        """Those given since the start, by transport, as the gateway's metrics tell."""
+        said = self.ask("/metrics")
+        counts, num_bytes, copy_s = (
+            _by_transport(said, f"baton_worker_hand_off{name}_total") for name in ("s", "_bytes", "_copy_seconds")
+        )
+        return {
+            transport: HandOffs(count, num_bytes.get(transport, 0.0), copy_s.get(transport, 0.0))
+            for transport, count in counts.items()
+            if count
+        }
 
     def _answers(self) -> bool:
         assert self._running is not None  # noqa: S101 - `need` has looked
@@ -176,3 +186,13 @@ class Fleets:
         up = self._running[0].name if self._running else ""
         parts = [("baton up", self._logs / f"{up}.log"), *((log.stem, log) for log in services if log.stem != "redis")]
         return "\n".join(f"-- {name}:\n{child_process.tail(log, 1200)}" for name, log in parts)
+
+
+def _by_transport(said: str, name: str) -> dict[str, float]:
+    """A counter's sums over all workers, what was taken or failed aside."""
+    sums: dict[str, float] = {}
+    for labels, value in re.findall(rf"^{name}\{{([^}}]*)\}} (\S+)", said, re.MULTILINE):
+        found = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if found.get("outcome", "given") == "given":
+            sums[found["transport"]] = sums.get(found["transport"], 0.0) + float(value)
+    return sums

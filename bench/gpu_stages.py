@@ -208,9 +208,14 @@ class GpuStages:
             first += gaps[:1]  # a slow machine's answer may come as one piece
             rest += gaps[1:]
         used = self._fleets.hand_offs()
-        booking.say(f"hand-offs by transport: {used}")
+        booking.say(f"hand-offs by transport: { {name: each.count for name, each in used.items()} }")
+        for name, each in used.items():
+            limit = self._results.value("limits", COPY) if name == "cuda_ipc" else None
+            rate = 2 * each.num_bytes / max(each.copy_s, 1e-9) / 1e9  # each byte is read and written
+            target = 0.8 * limit if limit else None
+            booking.add(f"copying by {name}, read and written", rate, "GB/s", limit=limit, target=target)
         if self._scale.transport and set(used) != {self._scale.transport}:
-            booking.fault(f"pages went over {used}, not {self._scale.transport}")
+            booking.fault(f"pages went over {', '.join(used) or 'nothing'}, not {self._scale.transport} alone")
         if not rest:
             raise Fault("every answer came in one or two pieces: this machine is too slow to time a hand-off")
         over_ms = (statistics.median(first) - statistics.median(rest)) * 1e3

@@ -46,6 +46,11 @@ class HandOffView(Protocol):
         """Messages since start that came too late, by reason."""
         ...
 
+    @property
+    def copy_seconds(self) -> Mapping[str, float]:
+        """Time spent copying pages that were given, since start, by transport."""
+        ...
+
 
 class WorkerMetrics:
     """A worker's counters, gauges and histograms in a registry of their own."""
@@ -113,7 +118,7 @@ class WorkerMetrics:
         )
         for reason in RefuseReason:
             refusals.labels(reason.value).set_function(partial(_refused, view, reason))
-        self.registry.register(_StaleMessages(view))
+        self.registry.register(_HandOffCounts(view))
 
     def watch_steps(self, num_steps: Mapping[str, int]) -> None:
         """Show where the tokens of decode steps were chosen. Kept by whoever runs the steps."""
@@ -139,22 +144,29 @@ class WorkerMetrics:
         self.pages.labels("quarantined").set(load.quarantined_pages)
 
 
-class _StaleMessages(Collector):
-    """Reads a count that is kept elsewhere, as the counter it is."""
+class _HandOffCounts(Collector):
+    """Reads counts that are kept elsewhere, as the counters they are."""
 
     def __init__(self, view: HandOffView) -> None:
         self._view = view
 
     def collect(self) -> Iterable[Metric]:
-        """One family, a sample per reason."""
-        family = CounterMetricFamily(
+        """A sample per reason, and one per transport."""
+        stale = CounterMetricFamily(
             "baton_worker_stale_messages",
             "Messages of an old epoch, about a grant that is over, or of a former life, dropped",
             labels=["reason"],
         )
         for reason, count in self._view.stale.items():
-            family.add_metric([reason], count)
-        return [family]
+            stale.add_metric([reason], count)
+        copying = CounterMetricFamily(
+            "baton_worker_hand_off_copy_seconds",
+            "Time spent copying the pages of baton_worker_hand_off_bytes",
+            labels=["transport"],
+        )
+        for transport, seconds in self._view.copy_seconds.items():
+            copying.add_metric([transport], seconds)
+        return [stale, copying]
 
 
 def _count(counts: Mapping[str, int], key: str) -> float:

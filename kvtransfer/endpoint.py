@@ -136,6 +136,11 @@ class HandOffEndpoint:
         """Messages since start that came too late to do anything, by `StaleReason`."""
         return {reason.value: self.stats.stale[reason] for reason in StaleReason}
 
+    @property
+    def copy_seconds(self) -> Mapping[str, float]:
+        """Time spent copying pages that were given, by transport."""
+        return {transport: count.copy_s for transport, count in self.stats.given.items()}
+
     def note_old_epoch(self) -> None:
         """The service itself dropped a message of an old epoch."""
         self.stats.stale[StaleReason.EPOCH] += 1

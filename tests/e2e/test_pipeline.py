@@ -154,6 +154,7 @@ def test_transport_and_hand_off_times_are_metrics(own_demo_fleet: Fleet) -> None
         "baton_itl_seconds_bucket",
         "baton_worker_hand_off_seconds_bucket",
         "baton_worker_hand_off_bytes_total",
+        "baton_worker_hand_off_copy_seconds_total",
         "baton_requests_queued",
         "baton_worker_running",
         "baton_output_tokens_total",

@@ -8,7 +8,7 @@ from pathlib import Path
 import child_process
 import psutil
 import pytest
-from fleet_process import Fleets, FleetSpec
+from fleet_process import Fleets, FleetSpec, HandOffs
 from stage_results import Fault
 from stages import Clock
 
@@ -26,7 +26,10 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_ne
 
 class Gateway(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer({"/metrics": b"""baton_worker_hand_offs_total{outcome="given",transport="cuda_ipc"} 3
+        self.answer({"/metrics": b"""baton_worker_hand_offs_total{outcome="given",transport="cuda_ipc",worker="a"} 3
+baton_worker_hand_offs_total{outcome="given",transport="cuda_ipc",worker="b"} 1
+baton_worker_hand_off_bytes_total{transport="cuda_ipc"} 5e+06
+baton_worker_hand_off_copy_seconds_total{transport="cuda_ipc"} 0.25
 baton_worker_hand_offs_total{outcome="refused",transport="tcp"} 2
 baton_worker_hand_offs_total{outcome="given",transport="shm"} 0
 """}.get(self.path, b""))
@@ -80,7 +83,7 @@ def test_a_fleet_stays_for_the_next_stage_and_ends_with_all_it_started(fleets: F
     assert fleets.need(spec("main"), Clock(20)) is not None
     assert fleets.need(spec("main"), Clock(20)) is None
     assert fleets.load(Clock(20), "4", "4")["summary"]["num_ok"] == 4
-    assert fleets.hand_offs() == {"cuda_ipc": 3.0}
+    assert fleets.hand_offs() == {"cuda_ipc": HandOffs(4.0, 5e6, 0.25)}
     first = workers() - before
     assert len(first) == 2
     assert fleets.need(spec("other"), Clock(20)) is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import child_process
 import pytest
-from fleet_process import Fleets
+from fleet_process import Fleets, HandOffs
 from gpu_stages import COPY, PRODUCT, GpuStages, Scale
 from model_directory import QWEN3_8B
 from model_sizes import Sizes
@@ -33,7 +33,7 @@ class FakeFleets(Fleets):
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, ...]] = []
-        self.transports = {"cuda_ipc": 8.0}
+        self.used = {"cuda_ipc": HandOffs(8.0, 8e9, 0.005)}
 
     def need(self, *_: object) -> float | None:
         return 1.0
@@ -44,8 +44,8 @@ class FakeFleets(Fleets):
         summary = {"tpot_s": {"p50": 0.005}, "ttft_s": {"p50": 0.1}, "output_tokens_per_s": 17_000.0}
         return {"summary": summary, "requests": [request, request]}
 
-    def hand_offs(self) -> dict[str, float]:
-        return self.transports
+    def hand_offs(self) -> dict[str, HandOffs]:
+        return self.used
 
 
 def made(tmp_path: Path, fleets: Fleets, results: Results, scale: Scale) -> dict[str, Stage]:
@@ -86,16 +86,18 @@ def test_figures_stand_beside_limits_of_the_file(tmp_path: Path, scale: Scale) -
     prompt = rows["prefill, 1024 tokens"]
     assert (prompt["value"], prompt["limit"]) == (10_240, pytest.approx(8e14 * 1024 / SIZES.prompt_flops(1024)))
     assert rows["hand-off of 8192 tokens, beyond a step, p50"]["value"] == pytest.approx(20.0)
+    copying = rows["copying by cuda_ipc, read and written"]
+    assert (copying["value"], copying["limit"], copying["target"]) == (pytest.approx(3200), 4000.0, 3200.0)
     assert results.failed == []
 
 
 def test_pages_that_went_another_way_are_a_fault(tmp_path: Path, scale: Scale) -> None:
     results = Results(tmp_path / "results.json", {})
     fleets = FakeFleets()
-    fleets.transports = {"cuda_ipc": 1.0, "tcp": 7.0}
+    fleets.used = {"cuda_ipc": HandOffs(1.0, 1e9, 0.1), "tcp": HandOffs(7.0, 7e9, 1.0)}
     run([made(tmp_path, fleets, results, scale)["hand_off"]], results, Clock(60))
     assert results.failed == ["hand_off"]
-    assert "pages went over {'cuda_ipc': 1.0, 'tcp': 7.0}, not cuda_ipc" in results.table()
+    assert "pages went over cuda_ipc, tcp, not cuda_ipc alone" in results.table()
 
 
 def test_a_kernel_that_takes_its_process_along_leaves_the_parts_after_it(
