@@ -37,7 +37,7 @@ from engine.cpu.jit import Team, claim, kernel, narrow, pointer, thread_num
 from engine.cpu.tiles import LANES, VECTOR_BYTES, has_pair_products
 
 RUN_ROWS = 384
-"""Rows that share one reading of keys and values: enough to hide it behind the products, few enough for a second cache."""
+"""Rows that share one reading of keys and values: enough to hide it behind the products, few for a second cache."""
 _RUNS_PER_THREAD = 4
 """Fewer would leave threads idle at the end; then runs get shorter, down to a quarter."""
 
