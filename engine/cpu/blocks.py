@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 from engine.cpu.panels import EIGHT_BITS, PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS
 from engine.cpu.tiles import LANES, SUMS, VECTOR_BYTES, WORDS, fetch, load, store, tile
+from engine.cpu.vectors import narrowed
 
 ROWS = 12
 """Tokens at a time: with two vectors of outputs, 24 sums in registers."""
@@ -23,10 +24,13 @@ _BYTES, _HALVES = (ir.VectorType(ir.IntType(bits), PANEL) for bits in (8, 16))
 
 @intrinsic(prefer_literal=True)
 def add_block(
-    _context: Any, count: Any, row: Any, row_bytes: Any, block: Any, num_pairs: Any, sums: Any, source: Any,
-    lowest: Any, target: Any, line: Any, other_line: Any, form: Any, first: Any, native: Any,
+    _context: Any, count: Any, row: Any, row_bytes: Any, block: Any, num_pairs: Any, sums: Any, begins: Any, out: Any,
+    out_bytes: Any, source: Any, lowest: Any, target: Any, line: Any, other_line: Any, form: Any, first: Any,
+    native: Any,
 ) -> Any:  # fmt: skip
     """Add to the sums of some rows their products with a block of plain records.
+
+    Sums pass from block to block through memory, but neither into the first nor out of the last one.
 
     Args:
         _context: numba's.
@@ -36,6 +40,10 @@ def add_block(
         block: address of the records.
         num_pairs: records of the block.
         sums: address of the rows' sums, `[count, 32]` float32.
+        begins: not 0 where they begin, at 0, whatever lies there.
+        out: address of the first row's place in the result, where the rows' sums end and go to it, rounded to nearest
+            even; 0 where they are kept.
+        out_bytes: from row to row of the result.
         source: address of as many records that come next, which the first pass expands if they are not plain.
         lowest: their lowest exponent, where in 12 bits.
         target: address to expand them to, exceptions aside.
@@ -48,7 +56,8 @@ def add_block(
     kind, is_first, instruction = (argument.literal_value for argument in (form, first, native))
 
     def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        count, row, row_bytes, block, num_pairs, sums, source, lowest, target, line, other_line, *_ = arguments
+        count, row, row_bytes, block, num_pairs, sums, begins, out, out_bytes, source, lowest, target, *_ = arguments
+        line, other_line = arguments[12:14]
         exponent = _spread_exponent(builder, lowest)
 
         def meanwhile(builder: Any, pair: Any) -> None:
@@ -76,18 +85,18 @@ def add_block(
                 [builder.add(block, _WORD(offset)) for offset in offsets],
                 _WORD(len(offsets) * VECTOR_BYTES),
                 num_pairs,
-                [[load(builder, place, SUMS) for place in own] for own in places],
+                _begun(builder, begins, places),
                 meanwhile=meanwhile,
                 native=bool(instruction),
             )
-            for own, mine in zip(places, results, strict=True):
-                for place, result in zip(own, mine, strict=True):
-                    store(builder, result, place)
+            _put(builder, results, places, out, out_bytes)
             builder.branch(end)
         builder.position_at_end(end)
         return _WORD(0)
 
-    integers = (count, row, row_bytes, block, num_pairs, sums, source, lowest, target, line, other_line)
+    integers = (
+        count, row, row_bytes, block, num_pairs, sums, begins, out, out_bytes, source, lowest, target, line, other_line,
+    )  # fmt: skip
     return types.int64(*integers, form, first, native), emit
 
 
@@ -117,6 +126,48 @@ def expand_block(_context: Any, source: Any, num_pairs: Any, lowest: Any, target
         return _WORD(0)
 
     return types.int64(source, num_pairs, lowest, target, form), emit
+
+
+def _begun(builder: Any, begins: Any, places: list[list[Any]]) -> list[list[Any]]:
+    """Emit what sums begin with: 0 where they begin, else what lies at their places."""
+    fresh, go_on, tile_of = (builder.function.append_basic_block(name) for name in ("fresh", "go_on", "tile"))
+    builder.cbranch(builder.icmp_signed("!=", begins, _WORD(0)), fresh, go_on)
+    builder.position_at_end(fresh)
+    builder.branch(tile_of)
+    builder.position_at_end(go_on)
+    loaded = [[load(builder, place, SUMS) for place in own] for own in places]
+    builder.branch(tile_of)
+    builder.position_at_end(tile_of)
+    zero = ir.Constant(SUMS, [0.0] * LANES)
+    found: list[list[Any]] = []
+    for own in loaded:
+        found.append([])
+        for value in own:
+            entry = builder.phi(SUMS)
+            entry.add_incoming(zero, fresh)
+            entry.add_incoming(value, go_on)
+            found[-1].append(entry)
+    return found
+
+
+def _put(builder: Any, results: list[list[Any]], places: list[list[Any]], out: Any, out_bytes: Any) -> None:
+    """Emit what puts sums back to their places, or at their end, rounded, to the result's rows from `out` on."""
+    keep, finish, after = (builder.function.append_basic_block(name) for name in ("keep", "finish", "put"))
+    builder.cbranch(builder.icmp_signed("!=", out, _WORD(0)), finish, keep)
+    builder.position_at_end(keep)
+    for own, mine in zip(places, results, strict=True):
+        for place, result in zip(own, mine, strict=True):
+            store(builder, result, place)
+    builder.branch(after)
+    builder.position_at_end(finish)
+    for at, mine in enumerate(results):
+        top = builder.add(out, builder.mul(out_bytes, _WORD(at)))
+        for vector, result in enumerate(mine):
+            halves = narrowed(builder, result)
+            place = builder.add(top, _WORD(2 * LANES * vector))
+            builder.store(halves, builder.inttoptr(place, halves.type.as_pointer()), align=2)
+    builder.branch(after)
+    builder.position_at_end(after)
 
 
 def _expand(builder: Any, form: str, record: Any, exponent: Any, target: Any) -> None:

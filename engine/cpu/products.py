@@ -164,7 +164,7 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: C901, PLR0915 - as 
     expands = compact or whole
     record_bytes = RECORD_BYTES[form]
 
-    def run(words: Any) -> None:  # noqa: PLR0915 - one function: what it hands on from block to block is all it knows
+    def run(words: Any) -> None:  # noqa: C901, PLR0915 - one function: what it hands on from block to block is all it knows
         num_tokens, num_outputs, num_pairs, row_bytes = words[4], words[5], words[6], words[7]
         num_panels = (num_outputs + PANEL - 1) // PANEL
         num_row_blocks = (num_tokens + _BLOCK_ROWS - 1) // _BLOCK_ROWS
@@ -197,8 +197,11 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: C901, PLR0915 - as 
             num_rows = num_tokens * (row_block + 1) // num_row_blocks - first
             passes = (num_rows + ROWS - 1) // ROWS
             columns = min(PANEL, num_outputs - panel * PANEL)
-            sums[:num_rows] = 0
-            if words[2] and not whole:
+            out = words[3] + 2 * (first * num_outputs + panel * PANEL)
+            is_biased = words[2] != 0 and not whole
+            is_direct = columns == PANEL and not whole
+            if is_biased:
+                sums[:num_rows] = 0
                 _add_bias(sums, num_rows, words[2] + 2 * panel * PANEL, columns)
             exception = starts[panel] if compact else 0
             for first_pair in range(0, num_pairs, block_pairs):
@@ -217,18 +220,20 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: C901, PLR0915 - as 
                     count = num_rows * (turn + 1) // passes - top
                     row = words[0] + (first + top) * row_bytes + PAIR_BYTES * first_pair
                     mine = np.int64(sums.ctypes.data) + 4 * PANEL * top
+                    begins = np.int64(first_pair == 0 and not is_biased)
+                    place = out + 2 * top * num_outputs if last and is_direct else 0
                     # One pass asks for all of what follows, the first two of several for every other line each.
                     line = source + to_ahead + _LINE * (turn % 2)
                     more = line + _LINE if passes == 1 else line
                     if turn == 0:
                         add_block(
-                            count, row, row_bytes, block, pairs, mine, source, exponent, other, line, more, form, 1,
-                            instruction,
+                            count, row, row_bytes, block, pairs, mine, begins, place, 2 * num_outputs, source, exponent,
+                            other, line, more, form, 1, instruction,
                         )  # fmt: skip
                     else:
                         add_block(
-                            count, row, row_bytes, block, pairs, mine, source, exponent, other, line, more, form, 0,
-                            instruction,
+                            count, row, row_bytes, block, pairs, mine, begins, place, 2 * num_outputs, source, exponent,
+                            other, line, more, form, 0, instruction,
                         )  # fmt: skip
                 if expands:
                     if last and pairs < block_pairs:  # it has not seen to all of the next panel's first block
@@ -239,8 +244,8 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: C901, PLR0915 - as 
                 _scale(sums, num_rows, words[11] + 4 * panel * PANEL, columns)
                 if words[2]:
                     _add_bias(sums, num_rows, words[2] + 2 * panel * PANEL, columns)
-            out = words[3] + 2 * (first * num_outputs + panel * PANEL)
-            _end_sums(sums, num_rows, out, num_outputs, columns)
+            if not is_direct:
+                _end_sums(sums, num_rows, out, num_outputs, columns)
             item = following
 
     return kernel(run)
