@@ -77,7 +77,10 @@ def test_workers_of_unequal_pages_are_named_and_never_paired(fleet: Fleet) -> No
 
 
 def test_settings_that_make_no_sense_stop_the_start(fleet: Fleet) -> None:
-    for setting, value, allowed in (("quantization", "int4", "auto or fp8"), ("kv_cache_dtype", "int8", "fp8_e4m3")):
+    for setting, value, allowed in (
+        ("quantization", "int4", "auto, fp8 or int8"),
+        ("kv_cache_dtype", "int8", "fp8_e4m3"),
+    ):
         service = fleet.start("decode_svc", f"bad-{setting}", **{setting: value})
         fleet.forget(f"bad-{setting}")
         assert service.process.wait(timeout=60) != 0
