@@ -27,6 +27,8 @@ import psutil
 from chaos.zmtp import MessageReader, kinds
 
 CHUNK_BYTES = 1 << 16
+SETTLE_S = 0.05
+"""In which a connection that was accepted last comes to whoever closes it."""
 
 
 class Cut(StrEnum):
@@ -243,6 +245,7 @@ class Wires:
     async def _close(self) -> None:
         for server in self._servers.values():
             server.close()
+        await asyncio.sleep(SETTLE_S)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

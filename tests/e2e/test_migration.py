@@ -189,7 +189,6 @@ async def test_streams_move_when_their_worker_leaves(fleet: Fleet) -> None:
 
 
 async def test_a_taker_killed_amid_the_moves_costs_no_token(fleet: Fleet) -> None:
-    leaving, dying = sorted(name for name in fleet.services if name.startswith("decode"))[:2]
     add(fleet, "decode-9")
     await asyncio.to_thread(fleet.wait_ready, decode=3)
     async with client_of(fleet) as client:
@@ -199,6 +198,8 @@ async def test_a_taker_killed_amid_the_moves_costs_no_token(fleet: Fleet) -> Non
             running = [tasks.create_task(ask(client, number, seen=chunks.release)) for number in range(NUM_STREAMS)]
             for _ in range(NUM_STREAMS * 30):
                 await chunks.acquire()
+            workers = [name for name in fleet.services if name.startswith("decode")]
+            dying, *_, leaving = sorted(workers, key=lambda name: fleet.metric("baton_worker_running", worker=name))
             service = fleet.services[leaving]
             going = tasks.create_task(leave(fleet, leaving))
             await asyncio.to_thread(until, partial(is_moving, service), within_s=20, what="a move")
