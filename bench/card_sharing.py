@@ -17,7 +17,7 @@ from pathlib import Path
 
 CONTROL = "nvidia-cuda-mps-control"
 TIME_SLICES = "time slices"
-MODES = ("auto", "mps", TIME_SLICES.replace(" ", "-"))
+MODES = ("auto", "mps", "time-slices")
 _TRY = "import torch; torch.ones(8, device='cuda').sum().item()"
 _TRY_S = 60.0  # torch is read from a cold disk
 _CONTROL_S = 20.0
@@ -44,7 +44,7 @@ def shared_card(
         SharingRefused: `mode` is mps, and it cannot be had; with what the tools said.
     """
     plain = dict(os.environ)
-    if mode == MODES[2]:
+    if mode == "time-slices":
         yield plain, TIME_SLICES
         return
     if "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
@@ -83,12 +83,10 @@ def _run(words: list[str], environment: dict[str, str], text: str | None = None,
             done = subprocess.run(
                 words, env=environment, stdin=told, stdout=said, stderr=said, check=False, timeout=limit_s
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return (
-                f"{type(error).__name__} after {limit_s:g} s"
-                if isinstance(error, subprocess.TimeoutExpired)
-                else str(error)
-            )
+        except subprocess.TimeoutExpired:
+            return f"TimeoutExpired after {limit_s:g} s"
+        except OSError as error:
+            return str(error)
         said.seek(0)
         lines = said.read().strip().splitlines()
     return "" if done.returncode == 0 else (lines[-1] if lines else f"exit status {done.returncode}")

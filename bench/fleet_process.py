@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import child_process
+from loopback import answers, free_port
 from stage_results import Fault
 from stages import Clock
 
@@ -81,9 +81,7 @@ class Fleets:
         if spec.name in self._broken:
             raise Fault(f"not run: the fleet {spec.name} did not come up for an earlier stage")
         began_s = time.monotonic()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         words = [sys.executable, "-m", "baton", "up", "--model", str(spec.model), "--served-model-name", spec.name]
         log = self._logs / f"{spec.name}.log"
         process = child_process.start([*words, "--port", str(port), *spec.flags], log, self._environment)
@@ -172,11 +170,7 @@ class Fleets:
         return True
 
     def _is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health/ready", timeout=2) as answer:  # noqa: S310 - our own
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        return answers(f"{self.url}/health/ready", timeout_s=2)
 
     def _said(self) -> str:
         """The ends of the logs of the running fleet: of the command and of each service."""

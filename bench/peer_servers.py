@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from loopback import answers, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ROOT / "bench" / "adapters"
@@ -163,20 +163,13 @@ def running(spec: ServerSpec) -> Iterator[Running]:
     root = psutil.Process(process.pid)
     try:
         url = f"http://127.0.0.1:{port}"
-        while not (_answers(f"{url}{spec.ready_path}") and _completes(url)):
+        while not (answers(f"{url}{spec.ready_path}", timeout_s=5) and _completes(url)):
             if process.poll() is not None or time.monotonic() - began_s > READY_S:
                 raise SystemExit(f"{spec.name} did not come up; the end of {log}:\n{log.read_text()[-3000:]}")
             time.sleep(0.1)
         yield Running(spec, url, time.monotonic() - began_s, Memory(root))
     finally:
         _end(process, root)
-
-
-def free_port() -> int:
-    """A port of loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _end(process: subprocess.Popen[bytes], root: psutil.Process) -> None:
@@ -191,14 +184,6 @@ def _end(process: subprocess.Popen[bytes], root: psutil.Process) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own address
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def _completes(url: str) -> bool:

@@ -24,17 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from cpu_engine import PAGE_SIZE, Engine
+from model_directory import DEMO
 from random_checkpoint import random_checkpoint
 from tokenizers import Tokenizer
 from torch.nn import functional
 
 from engine import load
 from engine.backend import Linear, TorchBackend
+from engine.cpu.panels import rounded_by_output
 from engine.fp8 import Fp8Matrix, product_twin, quantise, to_e4m3
 from engine.plan import Row, StepPlan
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
-DEMO = MODELS / "demo"
 UNSEEN_SEED = 90_210
 VARIANTS: dict[str, dict[str, str]] = {
     "bfloat16": {},
@@ -56,11 +56,10 @@ class TwinBackend(TorchBackend):
         """Weights are rounded to whole numbers; inputs stay as they are."""
         if not rounded:
             return super().named_linear(name, read, bias)
-        matrix = read().float()
-        scales = matrix.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
-        whole = torch.round(matrix / scales) * scales
+        numbers, scales = rounded_by_output(read())
+        matrix = numbers * scales.unsqueeze(1)
         wide = None if bias is None else bias.float()
-        return lambda hidden: functional.linear(hidden.float(), whole, wide).to(hidden.dtype), matrix.numel()
+        return lambda hidden: functional.linear(hidden.float(), matrix, wide).to(hidden.dtype), numbers.nbytes
 
     def fp8_linear(self, matrix: Fp8Matrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
         """Inputs are quantised too."""
@@ -169,7 +168,7 @@ def _rounded(rows: torch.Tensor) -> torch.Tensor:
 
 def demo_texts(count: int) -> list[list[int]]:
     """Token ids of fixed texts that the demo model was not trained on."""
-    sys.path.insert(0, str(MODELS))
+    sys.path.insert(0, str(DEMO.parent))
     train_demo = importlib.import_module("train_demo")  # needs transformers
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     return [tokenizer.encode(text).ids for text in train_demo.rendered(UNSEEN_SEED, count, "polish")]

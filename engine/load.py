@@ -63,12 +63,12 @@ class LoadedModel:
     @property
     def dtype_name(self) -> str:
         """`float32`, `bfloat16` or `float16`."""
-        return str(self.dtype).removeprefix("torch.")
+        return _name(self.dtype)
 
     @property
     def kv_dtype_name(self) -> str:
         """As `dtype_name`, or `float8_e4m3fn`."""
-        return str(self.kv_dtype).removeprefix("torch.")
+        return _name(self.kv_dtype)
 
 
 def load_model(
@@ -149,7 +149,7 @@ def load_model(
             "FP8 matrices are dequantised, which needs the memory of unquantized ones: no FP8 products here",
             matrices=loader.num_widened,
             of=loader.num_widened + loader.num_fp8,
-            dtype=str(resolved).removeprefix("torch."),
+            dtype=_name(resolved),
             device=device,
             needs="a CUDA device of compute capability 8.9 or newer, dtype bfloat16, sizes that are multiples of 16",
         )
@@ -203,6 +203,11 @@ def has_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
+def _name(dtype: torch.dtype) -> str:
+    """As settings spell it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _check_int8(config: ModelConfig, dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
     """Raises: SettingsError where weights cannot be rounded to 8 bits."""
     if config.quantization is not None:
@@ -210,9 +215,7 @@ def _check_int8(config: ModelConfig, dtype: torch.dtype, device: torch.device, b
     if device.type != "cpu":
         raise SettingsError(f"BATON_QUANTIZATION = int8 is for CPUs; on {device.type} set fp8")
     if dtype is not torch.bfloat16:
-        raise SettingsError(
-            f"BATON_QUANTIZATION = int8 needs dtype bfloat16, not {str(dtype).removeprefix('torch.')}: set BATON_DTYPE"
-        )
+        raise SettingsError(f"BATON_QUANTIZATION = int8 needs dtype bfloat16, not {_name(dtype)}: set BATON_DTYPE")
     if not backend.rounds:
         raise SettingsError(
             "BATON_QUANTIZATION = int8 needs a CPU with AVX512-BF16 and without AMX, and numba: leave it at auto here"

@@ -112,11 +112,11 @@ class WeightLoader:
         bias = self._kept(*parts, kind="bias") if has_bias else None
         matrix = read_fp8(self._checkpoint, parts, self._config.quantization, self._device)
         if matrix is None:
-            if not (quantises and self._quantization == "fp8"):
+            becomes = self._quantization if quantises else "auto"
+            if becomes != "fp8":
                 self.num_widened += sum(is_fp8(self._checkpoint, part.name) for part in parts)
-                rounded = quantises and self._quantization == "int8"
-                self.num_int8 += rounded
-                return self._take_over(parts, lambda: self._matrix(*parts), bias, rounded=rounded)
+                self.num_int8 += becomes == "int8"
+                return self._take_over(parts, lambda: self._matrix(*parts), bias, rounded=becomes == "int8")
             matrix = quantise_channels(self._stack(*parts))
         product = self._backend.fp8_linear(matrix, bias, self._dtype)
         if product is not None:

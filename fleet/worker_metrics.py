@@ -152,21 +152,25 @@ class _HandOffCounts(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """A sample per reason, and one per transport."""
-        stale = CounterMetricFamily(
+        yield _family(
             "baton_worker_stale_messages",
             "Messages of an old epoch, about a grant that is over, or of a former life, dropped",
-            labels=["reason"],
+            "reason",
+            self._view.stale,
         )
-        for reason, count in self._view.stale.items():
-            stale.add_metric([reason], count)
-        copying = CounterMetricFamily(
+        yield _family(
             "baton_worker_hand_off_copy_seconds",
             "Time spent copying the pages of baton_worker_hand_off_bytes",
-            labels=["transport"],
+            "transport",
+            self._view.copy_seconds,
         )
-        for transport, seconds in self._view.copy_seconds.items():
-            copying.add_metric([transport], seconds)
-        return [stale, copying]
+
+
+def _family(name: str, what: str, label: str, counts: Mapping[str, float]) -> Metric:
+    family = CounterMetricFamily(name, what, labels=[label])
+    for value, count in counts.items():
+        family.add_metric([value], count)
+    return family
 
 
 def _count(counts: Mapping[str, int], key: str) -> float:

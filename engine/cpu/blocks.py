@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from engine.cpu.panels import EIGHT_BITS, PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS
 from engine.cpu.tiles import LANES, SUMS, VECTOR_BYTES, WORDS, fetch, load, store, tile
-from engine.cpu.vectors import narrowed
+from engine.cpu.vectors import store_bf16
 
 ROWS = 12
 """Tokens at a time: with two vectors of outputs, 24 sums in registers."""
@@ -56,8 +56,10 @@ def add_block(
     kind, is_first, instruction = (argument.literal_value for argument in (form, first, native))
 
     def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        count, row, row_bytes, block, num_pairs, sums, begins, out, out_bytes, source, lowest, target, *_ = arguments
-        line, other_line = arguments[12:14]
+        (
+            count, row, row_bytes, block, num_pairs, sums, begins, out, out_bytes, source, lowest, target, line,
+            other_line, *_,
+        ) = arguments  # fmt: skip
         exponent = _spread_exponent(builder, lowest)
 
         def meanwhile(builder: Any, pair: Any) -> None:
@@ -65,8 +67,8 @@ def add_block(
             for place in (line, other_line):
                 fetch(builder, builder.add(place, offset))
             if is_first and kind != PLAIN:
-                out = builder.add(target, builder.mul(pair, _WORD(RECORD_BYTES[PLAIN])))
-                _expand(builder, kind, builder.add(source, offset), exponent, out)
+                expanded = builder.add(target, builder.mul(pair, _WORD(RECORD_BYTES[PLAIN])))
+                _expand(builder, kind, builder.add(source, offset), exponent, expanded)
 
         end = builder.function.append_basic_block("added")
         choice = builder.switch(count, end)
@@ -163,9 +165,7 @@ def _put(builder: Any, results: list[list[Any]], places: list[list[Any]], out: A
     for at, mine in enumerate(results):
         top = builder.add(out, builder.mul(out_bytes, _WORD(at)))
         for vector, result in enumerate(mine):
-            halves = narrowed(builder, result)
-            place = builder.add(top, _WORD(2 * LANES * vector))
-            builder.store(halves, builder.inttoptr(place, halves.type.as_pointer()), align=2)
+            store_bf16(builder, top, LANES * vector, result)
     builder.branch(after)
     builder.position_at_end(after)
 

@@ -76,15 +76,21 @@ def pack(weight: torch.Tensor, team: Team) -> Packed:
     return Packed(TWELVE_BITS, shape, arrays)
 
 
+def rounded_by_output(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a matrix `[N, K]` becomes in 8 bits: whole numbers, int8 `[N, K]`, and their scales, float32 `[N]`."""
+    wide = weight.float()
+    scales = wide.abs().amax(1) / _LARGEST
+    numbers = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round_().to(torch.int8)
+    return numbers, scales
+
+
 def pack_int8(weight: torch.Tensor) -> Packed:
     """A matrix `[N, K]` rounded to 8 bits, rounded up to whole panels and pairs with zeros.
 
     The arrays: `panels`, uint8, the records; `scales`, float32 `[N]`.
     """
     num_outputs, num_inputs = weight.shape
-    wide = weight.float()
-    scales = wide.abs().amax(1) / _LARGEST
-    numbers = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round_().to(torch.int8)
+    numbers, scales = rounded_by_output(weight)
     padded = functional.pad(numbers, (0, num_inputs % 2, 0, -num_outputs % PANEL))
     num_panels, num_pairs = padded.shape[0] // PANEL, padded.shape[1] // 2
     panels = _aligned((num_panels * num_pairs + BLOCK_RECORDS) * RECORD_WEIGHTS)

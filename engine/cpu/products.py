@@ -161,7 +161,7 @@ def panel_products(form: str, native: bool) -> Any:  # noqa: C901, PLR0915 - as 
     """
     instruction = int(native)
     compact, whole = form == TWELVE_BITS, form == EIGHT_BITS
-    expands = compact or whole
+    expands = form != PLAIN
     record_bytes = RECORD_BYTES[form]
 
     def run(words: Any) -> None:  # noqa: C901, PLR0915 - one function: what it hands on from block to block is all it knows

@@ -35,7 +35,7 @@ def gate(_context: Any, gates: Any, ups: Any, output: Any, count: Any) -> Any:
             small = _exp(builder, builder.fneg(call(builder, f"llvm.fabs.v{lanes}f32", x.type, x)), lanes)
             positive = builder.fcmp_ordered(">", x, ir.Constant(x.type, [0.0] * lanes))
             share = builder.fdiv(builder.select(positive, one, small), builder.fadd(one, small))
-            _store_bf16(builder, arguments[2], begin, builder.fmul(builder.fmul(x, share), up))
+            store_bf16(builder, arguments[2], begin, builder.fmul(builder.fmul(x, share), up))
         return ir.Constant(ir.IntType(64), 0)
 
     return types.int64(gates, ups, output, count), emit
@@ -58,7 +58,8 @@ def _load_bf16(builder: Any, base: Any, place: int, lanes: int) -> Any:
     return builder.bitcast(shifted, ir.VectorType(_FLOAT, lanes))
 
 
-def _store_bf16(builder: Any, base: Any, place: int, vector: Any) -> None:
+def store_bf16(builder: Any, base: Any, place: int, vector: Any) -> None:
+    """A vector of float32, rounded to bfloat16, from the `place`-th number on."""
     halves = narrowed(builder, vector)
     builder.store(halves, _address(builder, base, 2 * place, halves.type), align=2)
 

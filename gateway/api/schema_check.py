@@ -92,7 +92,7 @@ def _check_keywords(place: str, node: dict[str, Any]) -> None:
         if keyword.startswith("min") and isinstance(count, int | float) and count > MAX_COUNT:
             raise SchemaProblem(f"{place}/{keyword} is {count}; at most {MAX_COUNT} is supported")
     # Free property names may repeat in an answer, and then count once.
-    required = set(node["required"]) if _is_strings(node.get("required")) else set()
+    required = _required(node)
     minimum = node.get("minProperties", 0)
     if isinstance(minimum, int | float) and minimum > len(required) + 1:
         raise SchemaProblem(
@@ -125,7 +125,11 @@ def _optional(node: Any) -> int:
     properties = node.get("properties") if isinstance(node, dict) else None
     if not isinstance(properties, dict):
         return 0
-    return len(properties.keys() - set(node["required"] if _is_strings(node.get("required")) else ()))
+    return len(properties.keys() - _required(node))
+
+
+def _required(node: dict[str, Any]) -> set[str]:
+    return set(node["required"]) if _is_strings(node.get("required")) else set()
 
 
 def _beside(place: str, node: Any) -> Iterator[str]:

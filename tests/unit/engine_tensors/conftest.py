@@ -9,6 +9,9 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 
+from engine.cpu import backend as cpu_backend
+from engine.packed_backend import can_pack
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -29,3 +32,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[variant]
 
     return get
+
+
+@pytest.fixture
+def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own kernel on any machine that can compile it."""
+    pytest.importorskip("numba")
+    if not can_pack(torch.device("cpu")):
+        pytest.skip("bfloat16 is not packed here")
+    monkeypatch.setattr(cpu_backend, "suits_own_products", lambda: True)

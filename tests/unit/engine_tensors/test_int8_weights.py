@@ -15,19 +15,10 @@ pytest.importorskip("numba")
 
 from engine.cpu import backend as cpu_backend
 from engine.load import load_model
-from engine.packed_backend import can_pack
 from engine.plan import Row
 from fleet.errors import SettingsError
 
 CheckpointOf = Callable[[str], Path]
-
-
-@pytest.fixture
-def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own kernel on any machine that can compile it."""
-    if not can_pack(torch.device("cpu")):
-        pytest.skip("bfloat16 is not packed here")
-    monkeypatch.setattr(cpu_backend, "suits_own_products", lambda: True)
 
 
 @pytest.mark.usefixtures("own_products")

@@ -18,12 +18,10 @@ import torch
 from support.checkpoints import make_checkpoint
 from support.engine_driver import Driver
 
-from engine.cpu import backend as cpu_backend
 from engine.cpu import weight_file
 from engine.cpu.packed import Packed
 from engine.cpu.weight_cache import KEPT_FILES, WeightCache
 from engine.load import load_model
-from engine.packed_backend import can_pack
 from engine.plan import Row
 from engine.weight_loader import WeightLoader
 from fleet.service_settings import DecodeSettings
@@ -305,15 +303,6 @@ def test_unused_files_go_least_recently_used_first(directory: Path) -> None:
     assert len(kept) == KEPT_FILES - 1
     assert oldest not in kept
     assert max(paths, key=lambda path: path.stat().st_mtime_ns if path.exists() else 0) in kept
-
-
-@pytest.fixture
-def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own kernel on any machine that can compile it."""
-    pytest.importorskip("numba")
-    if not can_pack(torch.device("cpu")):
-        pytest.skip("bfloat16 is not packed here")
-    monkeypatch.setattr(cpu_backend, "suits_own_products", lambda: True)
 
 
 @pytest.mark.usefixtures("own_products")
