@@ -105,11 +105,12 @@ class Fleets:
         process = self._running[1]
         self._running = None
         started = child_process.family(process.pid)
-        for hint in (signal.SIGINT, signal.SIGINT):
-            if process.poll() is None:
-                process.send_signal(hint)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_STOP_S)
+        with child_process.watched(process):
+            for hint in (signal.SIGINT, signal.SIGINT):
+                if process.poll() is None:
+                    process.send_signal(hint)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(_STOP_S)
         child_process.kill(started)
 
     def load(self, clock: Clock, *words: str) -> dict[str, Any]:
