@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ _FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}  # not nnan, ninf: scores ma
 def kernel(function: Callable[[Any], None], *, exact: bool = False, cached: bool = True) -> Any:
     """Compile a kernel; numba keeps the result on disk beside the source, or in the user's cache (NUMBA_CACHE_DIR).
 
+    Of several processes that want it at the same time one compiles it, and the others load what that one has kept.
+
     Args:
         function: in the part of Python that numba knows.
         exact: every product and sum is rounded as written, on every processor; else they may be fused and reordered.
@@ -42,10 +45,13 @@ def kernel(function: Callable[[Any], None], *, exact: bool = False, cached: bool
     """
     options = {"fastmath": False if exact else _FAST_MATH, "error_model": "numpy"}
     compiled: Any = CFunc(function, (SIGNATURE.args, SIGNATURE.return_type), locals={}, options=options)
-    if cached:
-        with contextlib.suppress(RuntimeError):  # neither place can be written: compiled anew at every start
-            compiled._cache = _Cache(function)  # noqa: SLF001 - as `CFunc.enable_caching` does with numba's own
-    compiled.compile()
+    with contextlib.ExitStack() as alone:
+        if cached:
+            with contextlib.suppress(RuntimeError):  # neither place can be written: compiled anew at every start
+                cache = _Cache(function)
+                alone.enter_context(cache.alone())
+                compiled._cache = cache  # noqa: SLF001 - as `CFunc.enable_caching` does with numba's own
+        compiled.compile()
     return compiled
 
 
@@ -56,6 +62,17 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         super().__init__(function)
         stamp = (self._impl.locator.get_source_stamp(), source_digest())
         self._cache_file = IndexDataCacheFile(self._cache_path, self._impl.filename_base, stamp)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process, be it killed, is amid loading, compiling or keeping any kernel of this function.
+
+        numba takes the first free number for a file and then writes the index: two processes that keep different
+        kernels of one function at once would take the same, and find the wrong machine code there ever after.
+        """
+        with Path(self._cache_path, f"{self._impl.filename_base}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 @functools.cache
@@ -122,13 +139,13 @@ def _call_int32(name: str) -> Any:
     return types.int64(), emit
 
 
-def call(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
+def call(builder: Any, name: str, kind: Any, *arguments: Any, flags: Sequence[str] = ()) -> Any:
     """Emit a call of an LLVM intrinsic, or of a function that the process has, with a result of type `kind`."""
     module = builder.module
     function = module.globals.get(name)
     if function is None:
         function = ir.Function(module, ir.FunctionType(kind, [argument.type for argument in arguments]), name)
-    return builder.call(function, arguments)
+    return builder.call(function, arguments, fastmath=flags)
 
 
 @intrinsic
