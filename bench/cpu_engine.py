@@ -44,7 +44,7 @@ from fleet.types import Passport, PeerRef, SamplingParams
 PAGE_SIZE = 16
 CHUNK = 512  # the default of a prefill worker
 NOBODY = PeerRef(name="bench", incarnation=1, address="tcp://127.0.0.1:1")
-PARTS = ("rms_norm", "gated_silu", "rotate_and_write", "attention")
+PARTS = ("rms_norm", "add_rms_norm", "gated_silu", "rotate_and_write", "attention")
 
 
 class Split:
@@ -154,9 +154,13 @@ def decode_limit_s(
 
 
 def prefill_limit_s(config: ModelConfig, limits: Limits, length: int) -> float:
-    """Operations over the matrix rate: each token through the layers, one through the head, the causal triangle."""
+    """Operations over the matrix rate: each token through the layers, one through the head, the causal triangle.
+
+    Of the last layer only keys and values are needed of each token, the rest of the last token alone.
+    """
     layers, head = matrix_weights(config)
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * length * length
+    layers -= config.hidden_size * (2 * config.num_heads * config.head_dim + 3 * config.intermediate_size)
+    attention = 2 * (config.num_layers - 1) * config.num_heads * config.head_dim * length * length
     return (2 * layers * length + 2 * head + attention) / (limits.gflop_s * 1e9)
 
 

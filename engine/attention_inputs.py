@@ -21,10 +21,16 @@ _MAX_PADDING = 0.25
 
 @dataclass(frozen=True, slots=True)
 class InputShape:
-    """What translation needs to know of model and pool: page size, windows in use, bytes per token and layer."""
+    """What translation needs to know of model and pool: page size, windows in use, bytes per token and layer.
+
+    Attributes:
+        windows: of all layers, each once; None sees everything.
+        last_window: of the last layer.
+    """
 
     page_size: int
     windows: tuple[int | None, ...]
+    last_window: int | None
     layer_token_bytes: int
     device: torch.device
 

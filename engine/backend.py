@@ -98,6 +98,16 @@ class Backend(Protocol):
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root-mean-square norm over the last axis (arXiv 1910.07467), new memory."""
 
+    def add_rms_norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what a sublayer returned to what it was given, `[T, E]` each, and norm the sum.
+
+        Returns:
+            The norm of the sum, and the sum, rounded to the model's dtype before it is normed; both arguments may be
+            overwritten.
+        """
+
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up` of `[T, 2 * I]`, `[T, I]`. May overwrite its argument."""
 
@@ -205,6 +215,13 @@ class TorchBackend:
         norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(norm.square_().div_(hidden.shape[-1]).add_(eps))
         return (hidden * scale).mul_(weight).to(hidden.dtype)
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One after the other."""
+        summed = residual + hidden
+        return self.rms_norm(summed, weight, eps), summed
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """In two elementwise passes."""

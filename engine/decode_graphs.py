@@ -196,6 +196,7 @@ class DecodeGraphs:
                 for window in self._shape.windows
             },
             sampled_tokens=torch.arange(size, device=device),
+            sampled_attention=None,
         )
         choice = self._sampler.blank(size)
         logits, chosen = self._logits[:size], self._chosen[:size]

@@ -31,6 +31,8 @@ class StepInputs:
             it, and both in one number.
         attention: by window, what the backend's `plan_attention` made of the rows.
         sampled_tokens: [R] int64, index among T of the last token of each sampling row.
+        sampled_attention: what `plan_attention` made of the sampled tokens alone, for the last layer's window; None
+            where all tokens are sampled at, or none is.
     """
 
     token_ids: torch.Tensor
@@ -41,6 +43,7 @@ class StepInputs:
     slots: torch.Tensor
     attention: dict[int | None, object]
     sampled_tokens: torch.Tensor
+    sampled_attention: object | None
 
 
 PlanAttention = Callable[[Many[TableRow], int | None, InputShape], object]
@@ -72,6 +75,10 @@ def build_inputs(
     )
     tensors = torch.from_numpy(columns).to(shape.device).unbind()
     table_rows = list(map(TableRow, begins, starts, counts, pages))
+    sampled_rows = [
+        TableRow(at, one.start + one.count - 1, 1, one.table)
+        for at, one in enumerate(one for row, one in zip(rows, table_rows, strict=True) if row.sample)
+    ]
     return StepInputs(
         token_ids=tensors[0],
         positions=tensors[1],
@@ -80,7 +87,10 @@ def build_inputs(
         offsets=tensors[4],
         slots=tensors[5],
         attention={window: plan_attention(table_rows, window, shape) for window in shape.windows},
-        sampled_tokens=tensors[6][: sum(row.sample for row in rows)],
+        sampled_tokens=tensors[6][: len(sampled_rows)],
+        sampled_attention=(
+            plan_attention(sampled_rows, shape.last_window, shape) if 0 < len(sampled_rows) < num_tokens else None
+        ),
     )
 
 

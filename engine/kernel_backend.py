@@ -18,7 +18,7 @@ from engine.kernels.fp8_product import FEW_ROWS, fp8_row_product, fp8_tile_produ
 from engine.kernels.fp8_tiles import SCALED
 from engine.kernels.paged_decode_attention import paged_decode_attention
 from engine.kernels.paged_prefill_attention import PrefillPlan, paged_prefill_attention, plan_prefill
-from engine.kernels.rms_norm import rms_norm
+from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rotary_page_write import rotary_page_write
 from engine.kernels.silu_mul import silu_mul
 
@@ -101,6 +101,12 @@ class KernelBackend(TorchBackend):
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """One pass over memory."""
         return rms_norm(hidden, weight, eps)
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass over memory."""
+        return add_rms_norm(hidden, residual, weight, eps)
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """One pass over memory; leaves its argument alone."""

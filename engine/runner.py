@@ -40,6 +40,7 @@ def input_shape(model: LoadedModel, page_size: int) -> InputShape:
     return InputShape(
         page_size=page_size,
         windows=tuple(dict.fromkeys(config.layer_windows)),
+        last_window=config.layer_windows[-1],
         layer_token_bytes=2 * config.num_kv_heads * config.head_dim * model.dtype.itemsize,
         device=model.device,
     )
@@ -203,8 +204,7 @@ class ModelRunner:
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Logits of the sampling rows, `[R, V]` float32; writes pages. R may be 0."""
         transformer = self._model.transformer
-        hidden = transformer.hidden_states(inputs, self._pool)
-        return transformer.logits(hidden[inputs.sampled_tokens])
+        return transformer.logits(transformer.sampled_states(inputs, self._pool))
 
     @torch.inference_mode()
     def hidden_states(self, plan: StepPlan) -> torch.Tensor:

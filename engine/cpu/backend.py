@@ -102,6 +102,15 @@ class CpuBackend(PackedBackend):
             return super().rms_norm(hidden, weight, eps)
         return self._rows.rms_norm(hidden, weight, eps)
 
+    def add_rms_norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """In one pass; the sum takes the place of `residual`."""
+        contiguous = hidden.is_contiguous() and residual.is_contiguous()
+        if self._rows is None or hidden.dtype is not torch.bfloat16 or not contiguous:
+            return super().add_rms_norm(hidden, residual, weight, eps)
+        return self._rows.rms_norm(hidden, weight, eps, residual), residual
+
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """In one pass."""
         if self._rows is None or gate_up.dtype is not torch.bfloat16 or not gate_up.is_contiguous():
@@ -158,7 +167,8 @@ class RowKernels:
 
     def compile(self, config: ModelConfig) -> None:
         """Have the kernels ready that this model needs with any pages."""
-        self._rms_norm(config.hidden_size, config.rms_norm_eps)
+        for adds in (False, True):
+            self._rms_norm(config.hidden_size, config.rms_norm_eps, adds=adds)
         self._gated_silu(config.intermediate_size)
 
     def compile_pairs(self, config: ModelConfig, page_size: int) -> None:
@@ -166,12 +176,15 @@ class RowKernels:
         self.attention.compile(config.num_heads // config.num_kv_heads, config.head_dim, page_size)
         self._rotate(config.head_dim, page_size, config.rms_norm_eps if config.qk_norm else None)
 
-    def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The norm of `[T, S]` bf16 with adjacent numbers, new memory."""
+    def rms_norm(
+        self, hidden: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The norm of `[T, S]` bf16 with adjacent numbers, new memory; of the sum with a residual, which becomes it."""
         num_rows, size = hidden.shape
         output = torch.empty(num_rows, size, dtype=hidden.dtype)
-        words = (hidden.data_ptr(), weight.data_ptr(), output.data_ptr(), num_rows, hidden.stride(0))
-        self._team.run(self._rms_norm(size, eps), words, hidden.numel())
+        others = 0 if residual is None else residual.data_ptr()
+        words = (hidden.data_ptr(), weight.data_ptr(), output.data_ptr(), num_rows, hidden.stride(0), others)
+        self._team.run(self._rms_norm(size, eps, adds=residual is not None), words, hidden.numel())
         return output
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:

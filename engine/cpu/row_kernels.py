@@ -16,17 +16,18 @@ import numpy as np
 from numba import carray
 
 from engine.cpu.jit import kernel, narrow, num_threads, pointer, thread_num, widen
-from engine.cpu.vectors import gate
+from engine.cpu.vectors import gate, spread, turn
 
 WIDE = 64
 """Numbers at a time."""
 
 
 @functools.cache
-def rms_norm_rows(size: int, eps: float) -> Any:
-    """The kernel for rows of S numbers.
+def rms_norm_rows(size: int, eps: float, *, adds: bool) -> Any:
+    """The kernel for rows of S numbers; where it adds, of the sums with as many others, which become the sums.
 
-    Words: addresses of rows `[T, S]` bf16, weight `[S]` bf16 and output `[T, S]` bf16; T; numbers from row to row.
+    Words: addresses of rows `[T, S]` bf16, weight `[S]` bf16 and output `[T, S]` bf16; T; numbers from row to row;
+    address of the others `[T, S]` bf16.
     """
     epsilon = np.float32(eps)
 
@@ -37,6 +38,11 @@ def rms_norm_rows(size: int, eps: float) -> Any:
         for row in range(num_rows * member // members, num_rows * (member + 1) // members):
             source = carray(pointer(words[0] + 2 * row * stride), size, np.uint16)
             target = carray(pointer(words[2] + 2 * row * size), size, np.uint16)
+            if adds:
+                others = carray(pointer(words[5] + 2 * row * size), size, np.uint16)
+                for at in range(size):
+                    others[at] = narrow(widen(others[at]) + widen(source[at]))
+                source = others
             total = np.float32(0)
             for at in range(size):
                 total += widen(source[at]) * widen(source[at])
@@ -57,35 +63,19 @@ def rotate_rows(head_dim: int, page_size: int, eps: float | None) -> Any:
     also written to their slots, in pages of order `page-major-pairs-1`.
     """
     half, head_bytes = head_dim // 2, 2 * page_size * head_dim
-    normed, epsilon = eps is not None, np.float32(eps or 0.0)
+    normed, epsilon = int(eps is not None), np.float32(eps or 0.0)
 
     def run(words: Any) -> None:
         num_tokens, num_heads, num_kv_heads, stride, page_stride = words[8], words[9], words[10], words[11], words[12]
         page_ids = carray(pointer(words[5]), num_tokens, np.int64)
         offsets = carray(pointer(words[6]), num_tokens, np.int64)
         members, member = num_threads(), thread_num()
-        numbers = np.empty(head_dim, np.float32)
         for token in range(num_tokens * member // members, num_tokens * (member + 1) // members):
-            cosines = carray(pointer(words[1] + 4 * token * half), half, np.float32)
-            sines = carray(pointer(words[2] + 4 * token * half), half, np.float32)
+            cosines, sines = words[1] + 4 * token * half, words[2] + 4 * token * half
             page, offset = words[7] + 2 * page_ids[token] * page_stride, offsets[token]
             for head in range(num_heads + num_kv_heads):
                 place = words[0] + 2 * (token * stride + head * head_dim)
-                vector = carray(pointer(place), head_dim, np.uint16)
-                for d in range(head_dim):
-                    numbers[d] = widen(vector[d])
-                if normed:
-                    weight = carray(pointer(words[3] if head < num_heads else words[4]), head_dim, np.uint16)
-                    total = np.float32(0)
-                    for d in range(head_dim):
-                        total += numbers[d] * numbers[d]
-                    scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(head_dim) + epsilon))
-                    for d in range(head_dim):
-                        numbers[d] *= scale * widen(weight[d])
-                for d in range(half):
-                    first, second = numbers[d], numbers[half + d]
-                    vector[d] = narrow(first * cosines[d] - second * sines[d])
-                    vector[half + d] = narrow(second * cosines[d] + first * sines[d])
+                turn(place, words[3] if head < num_heads else words[4], cosines, sines, head_dim, epsilon, normed)
                 if head >= num_heads:
                     pairs = carray(pointer(place), half, np.uint32)
                     keys = carray(pointer(page + (head - num_heads) * head_bytes), (half, page_size), np.uint32)
@@ -93,12 +83,8 @@ def rotate_rows(head_dim: int, page_size: int, eps: float | None) -> Any:
                         keys[pair, offset] = pairs[pair]
             for head in range(num_kv_heads):
                 place = words[0] + 2 * (token * stride + (num_heads + num_kv_heads + head) * head_dim)
-                vector = carray(pointer(place), head_dim, np.uint16)
-                values = carray(
-                    pointer(page + (num_kv_heads + head) * head_bytes), (page_size // 2, head_dim, 2), np.uint16
-                )
-                for d in range(head_dim):
-                    values[offset // 2, d, offset % 2] = vector[d]
+                pair = page + (num_kv_heads + head) * head_bytes + 4 * (offset // 2) * head_dim
+                spread(place, pair, head_dim, offset % 2)
 
     return kernel(run)
 

@@ -41,6 +41,81 @@ def gate(_context: Any, gates: Any, ups: Any, output: Any, count: Any) -> Any:
     return types.int64(gates, ups, output, count), emit
 
 
+@intrinsic(prefer_literal=True)
+def turn(
+    _context: Any, head: Any, weight: Any, cosines: Any, sines: Any, size: Any, eps: Any, normed: Any
+) -> Any:  # fmt: skip
+    """Rotate a head of `size` bf16 numbers in place, computed in float32; normed before by a weight if `normed`.
+
+    Args:
+        _context: numba's.
+        head: address of the numbers; the first of a pair lie in the first half, the second in the second.
+        weight: address of as many bf16 numbers, for the norm.
+        cosines: address of `size / 2` float32 numbers.
+        sines: likewise.
+        size: literal.
+        eps: added to the mean square, float32.
+        normed: literal, 0 or 1.
+    """
+    half, norms = size.literal_value // 2, bool(normed.literal_value)
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        head, weight, cosines, sines, _, eps, _ = arguments
+        lanes = _lanes(half)
+        places = range(0, 2 * half, lanes)
+        numbers = [_load_bf16(builder, head, at, lanes) for at in places]
+        if norms:
+            squares = builder.fmul(numbers[0], numbers[0])
+            for vector in numbers[1:]:
+                squares = builder.fadd(squares, builder.fmul(vector, vector, flags=_FAST), flags=_FAST)
+            total = call(builder, f"llvm.vector.reduce.fadd.v{lanes}f32", _FLOAT, _FLOAT(0.0), squares, flags=_FAST)
+            mean = builder.fadd(builder.fmul(total, _FLOAT(1 / (2 * half))), eps)
+            scale = builder.fdiv(_FLOAT(1.0), call(builder, "llvm.sqrt.f32", _FLOAT, mean))
+            everywhere = _splat(builder, scale, lanes)
+            factors = [builder.fmul(everywhere, _load_bf16(builder, weight, at, lanes)) for at in places]
+            numbers = [builder.fmul(*both) for both in zip(numbers, factors, strict=True)]
+        kind = numbers[0].type
+        for at, first, second in zip(places, numbers, numbers[len(numbers) // 2 :], strict=False):
+            cos, sin = (builder.load(_address(builder, base, 4 * at, kind), align=4) for base in (cosines, sines))
+            negative = builder.fneg(second)
+            turned = builder.fadd(builder.fmul(first, cos), builder.fmul(negative, sin, flags=_FAST), flags=_FAST)
+            store_bf16(builder, head, at, turned)
+            turned = builder.fadd(builder.fmul(second, cos), builder.fmul(first, sin, flags=_FAST), flags=_FAST)
+            store_bf16(builder, head, half + at, turned)
+        return ir.Constant(ir.IntType(64), 0)
+
+    return types.int64(head, weight, cosines, sines, size, eps, normed), emit
+
+
+@intrinsic(prefer_literal=True)
+def spread(_context: Any, source: Any, target: Any, size: Any, odd: Any) -> Any:
+    """Copy `size` bf16 numbers to every second place, the odd ones if `odd`; what lies between stays untouched."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        source, target, _, odd = arguments
+        lanes = _lanes(size.literal_value)
+        half = ir.IntType(16)
+        flag = builder.icmp_signed("!=", odd, ir.Constant(odd.type, 0))
+        masks = [ir.Constant(ir.VectorType(ir.IntType(1), 2 * lanes), [1 - by, by] * lanes) for by in (0, 1)]
+        mask = builder.select(flag, masks[1], masks[0])
+        twice = ir.Constant(ir.VectorType(_WORD, 2 * lanes), [at // 2 for at in range(2 * lanes)])
+        for at in range(0, size.literal_value, lanes):
+            numbers = builder.load(_address(builder, source, 2 * at, ir.VectorType(half, lanes)), align=2)
+            doubled = builder.shuffle_vector(numbers, ir.Constant(numbers.type, ir.Undefined), twice)
+            place = _address(builder, target, 4 * at, doubled.type)
+            call(builder, f"llvm.masked.store.v{2 * lanes}i16.p0", ir.VoidType(), doubled, place, _WORD(4), mask)
+        return ir.Constant(ir.IntType(64), 0)
+
+    return types.int64(source, target, size, odd), emit
+
+
+def _splat(builder: Any, value: Any, lanes: int) -> Any:
+    kind = ir.VectorType(value.type, lanes)
+    undefined = ir.Constant(kind, ir.Undefined)
+    single = builder.insert_element(undefined, value, _WORD(0))
+    return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_WORD, lanes), [0] * lanes))
+
+
 def _lanes(size: int) -> int:
     return math.gcd(size, LANES)
 

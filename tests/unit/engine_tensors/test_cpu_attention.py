@@ -61,7 +61,9 @@ class Scene:
             sequence = make_sequence(range(start + count), GREEDY)
             sequence.page_table = self.pages[at][: -(-(start + count) // self.pool.shape[3])]
             plan.append(Row(sequence, start, count, sample=True))
-        shape = InputShape(self.pool.shape[3], (self.window,), layer_token_bytes=64, device=torch.device("cpu"))
+        shape = InputShape(
+            self.pool.shape[3], (self.window,), self.window, layer_token_bytes=64, device=torch.device("cpu")
+        )
         rows = build_inputs(plan, shape, CpuBackend().plan_attention).attention[self.window]
         assert isinstance(rows, PagedRows)
         return rows

@@ -40,7 +40,7 @@ def test_norm_rotation_and_page_write_match_their_twins(
         sequence.page_table = pages
         plan.append(Row(sequence, past, count, sample=True))
     fast, twin = CpuBackend(), TorchBackend()
-    shape = InputShape(page_size, (None,), layer_token_bytes=64, device=torch.device("cpu"))
+    shape = InputShape(page_size, (None,), None, layer_token_bytes=64, device=torch.device("cpu"))
     inputs = build_inputs(plan, shape, twin.plan_attention)
     layer = torch.full((7, 2, HKV, page_size, head_dim), torch.nan).bfloat16()
     num_tokens, num_heads = inputs.token_ids.shape[0], (group + 2) * HKV
@@ -66,6 +66,16 @@ def test_the_norm_of_rows_matches_its_twin() -> None:
         expected = TorchBackend().rms_norm(rows.float(), weight.float(), 1e-6)
         result = CpuBackend().rms_norm(rows, weight, 1e-6)
         assert ((result.float() - expected).abs() <= ROUNDING * expected.abs()).all()
+
+
+def test_a_sum_is_normed_as_it_is_rounded() -> None:
+    hidden, residual, weight = torch.randn(37, 96).bfloat16(), torch.randn(37, 96).bfloat16(), torch.rand(96).bfloat16()
+    for rows in (37, 1, 0):
+        summed = residual[:rows] + hidden[:rows]
+        expected = CpuBackend().rms_norm(summed, weight, 1e-6)
+        normed, result = CpuBackend().add_rms_norm(hidden[:rows], residual[:rows].clone(), weight, 1e-6)
+        assert torch.equal(result, summed)
+        assert torch.equal(normed, expected)
 
 
 @pytest.mark.parametrize("size", [3072, 80])

@@ -15,7 +15,9 @@ from support.checkpoints import VOCAB_SIZE
 from support.engine_driver import Driver
 
 from engine.cpu.backend import suits_own_products
+from engine.inputs import build_inputs
 from engine.plan import Row
+from engine.runner import input_shape
 from engine.sequence import Sequence
 
 CheckpointOf = Callable[[str], Path]
@@ -38,10 +40,12 @@ def logits_in_chunks(driver: Driver, sequences: list[Sequence], draw: random.Ran
     return [torch.cat(own) for own in parts]
 
 
+def page_size_of(how: dict[str, str]) -> int:
+    return 4 if how["dtype"] == "float32" else 16  # pages of pairs are multiples of 16
+
+
 OURS = pytest.mark.skipif(not suits_own_products(), reason="oneDNN's products")
-
-
-@pytest.mark.parametrize(
+EXACT = pytest.mark.parametrize(
     "how",
     [
         pytest.param({"dtype": "float32"}, id="float32"),
@@ -49,6 +53,9 @@ OURS = pytest.mark.skipif(not suits_own_products(), reason="oneDNN's products")
         pytest.param({"dtype": "bfloat16", "quantization": "int8"}, marks=OURS, id="int8"),
     ],
 )
+
+
+@EXACT
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("variant", ["qwen3", "llama3"])
 def test_chunks_and_company_change_no_bit(
@@ -58,7 +65,7 @@ def test_chunks_and_company_change_no_bit(
     try:
         draw = random.Random(variant)
         lengths = (1, 5, 130, 301)
-        page_size = 4 if how["dtype"] == "float32" else 16  # pages of pairs are multiples of 16
+        page_size = page_size_of(how)
         prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
         driver = Driver(checkpoint(variant), page_size=page_size, num_pages=512, **how)
         whole = []
@@ -72,3 +79,28 @@ def test_chunks_and_company_change_no_bit(
                 assert torch.equal(actual, expected), (length, float((actual - expected).abs().max()))
     finally:
         torch.set_num_threads(1)
+
+
+@EXACT
+def test_what_the_last_layer_leaves_out_changes_no_bit(checkpoint: CheckpointOf, how: dict[str, str]) -> None:
+    draw = random.Random(5)
+    driver = Driver(checkpoint("qwen3"), page_size=page_size_of(how), num_pages=512, **how)
+    transformer, pool = driver.model.transformer, driver.pool
+    sequences = [driver.admit([draw.randrange(VOCAB_SIZE) for _ in range(length)]) for length in (1, 40, 70, 33)]
+    begins, ends = (0, 0, 0, 0), (1, 17, 70, 32)
+    for sampling in ((True, True, False, True), (False, True, False, False), (False,) * 4):
+        rows = [
+            Row(one, begin, end - begin, sample=sample)
+            for one, begin, end, sample in zip(sequences, begins, ends, sampling, strict=True)
+        ]
+        with torch.inference_mode():
+            inputs = build_inputs(
+                rows, input_shape(driver.model, page_size_of(how)), transformer.backend.plan_attention
+            )
+            everything = transformer.hidden_states(inputs, pool)
+            written = pool.clone()
+            pool.fill_(torch.nan)
+            sampled = transformer.sampled_states(inputs, pool)
+        assert torch.equal(sampled, everything[inputs.sampled_tokens])
+        assert len(sampled) == sum(sampling)
+        assert torch.equal(pool.nan_to_num(), written.nan_to_num())  # keys and values of the others are there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from engine.page_tables import PageArray, PageTables
 from engine.plan import Row
 
 PAGE_SIZE = 4
-SHAPE = InputShape(PAGE_SIZE, (None,), layer_token_bytes=64, device=torch.device("cpu"))
+SHAPE = InputShape(PAGE_SIZE, (None,), None, layer_token_bytes=64, device=torch.device("cpu"))
 
 
 def random_rows(draw: random.Random, counts: tuple[int, ...]) -> list[Row]:
@@ -34,8 +35,13 @@ def random_rows(draw: random.Random, counts: tuple[int, ...]) -> list[Row]:
 @pytest.mark.parametrize("seed", range(20))
 def test_columns_are_what_they_are_called(counts: tuple[int, ...], seed: int) -> None:
     rows = random_rows(random.Random(seed), counts)
-    seen: list[TableRow] = []
-    inputs = build_inputs(rows, SHAPE, lambda table_rows, _window, _shape: seen.extend(table_rows))
+    plans: list[list[TableRow]] = []
+
+    def plan(table_rows: Sequence[TableRow], _window: int | None, _shape: InputShape) -> int:
+        plans.append(list(table_rows))
+        return len(plans) - 1
+
+    inputs = build_inputs(rows, SHAPE, plan)
     tokens = [(row, position) for row in rows for position in range(row.start, row.start + row.count)]
     pages = [row.sequence.page_table[position // PAGE_SIZE] for row, position in tokens]
     assert inputs.token_ids.tolist() == [row.sequence.token_ids[position] for row, position in tokens]
@@ -48,11 +54,21 @@ def test_columns_are_what_they_are_called(counts: tuple[int, ...], seed: int) ->
     ]
     last = [at for at, (row, position) in enumerate(tokens) if row.sample and position == row.start + row.count - 1]
     assert inputs.sampled_tokens.tolist() == last
-    for row, table_row in zip(rows, seen, strict=True):
+    for row, table_row in zip(rows, plans[inputs.attention[None]], strict=True):
         covering = -(-(row.start + row.count) // PAGE_SIZE)
         assert table_row.table.tolist() == row.sequence.page_table[:covering]
         assert tokens[table_row.begin] == (row, table_row.start)
         assert table_row.count == row.count
+    if len(last) in {0, len(tokens)}:
+        assert inputs.sampled_attention is None
+        return
+    for at, (token, table_row) in enumerate(zip(last, plans[inputs.sampled_attention], strict=True)):
+        row, position = tokens[token]
+        assert (table_row.begin, table_row.start, table_row.count) == (at, position, 1)
+        assert (
+            table_row.table.tolist()[: position // PAGE_SIZE + 1]
+            == row.sequence.page_table[: position // PAGE_SIZE + 1]
+        )
 
 
 def test_tables_kept_from_step_to_step_give_the_same_inputs() -> None:

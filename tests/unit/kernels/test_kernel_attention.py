@@ -165,7 +165,7 @@ def test_both_equal_the_attention_of_the_cpu(window: int | None, device: torch.d
         sequence = make_sequence([1] * length)
         sequence.page_table.extend(tables[row, : -(-length // 4)].tolist())
         rows.append(Row(sequence, length - count, count, sample=False))
-    shape = InputShape(page_size=4, windows=(window,), layer_token_bytes=256, device=device)
+    shape = InputShape(page_size=4, windows=(window,), last_window=window, layer_token_bytes=256, device=device)
     inputs = build_inputs(rows, shape, gather_plan)
     keys_values = layer[inputs.page_ids, :, :, inputs.offsets]
     queries = torch.randn(14, 4, 16, device=device)
