@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from fleet.service_settings import DecodeSettings, GatewaySettings, PrefillSettings, WorkerSettings
-from fleet.settings import FleetSettings
+from fleet.settings import FleetSettings, choices, parse
 
 # One file or address for several processes would tell nothing; these are for one service in a container.
 NOT_FLAGS = frozenset({"liveness_file", "admin_address"})
@@ -77,7 +77,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: msgspec.structs.FieldInfo, 
             flag, negative, dest=dest, action=_SwitchAction, nargs=0, default=argparse.SUPPRESS, help=text
         )
         return
-    metavar = {int: "N", float: "X"}.get(base, "TEXT")
+    metavar = {int: "N", float: "X"}.get(base, "|".join(choices(annotation)) or "TEXT")
     group.add_argument(
         flag, dest=dest, type=_checked(annotation), default=argparse.SUPPRESS, metavar=metavar, help=text
     )
@@ -93,8 +93,8 @@ def _description(annotation: Any) -> str:
 def _checked(annotation: Any) -> Callable[[str], str]:
     def check(text: str) -> str:
         try:
-            msgspec.convert(text, annotation, strict=False)
-        except msgspec.ValidationError as error:
+            parse(text, annotation)
+        except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         return text
 

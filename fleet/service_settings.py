@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -18,22 +18,25 @@ class WorkerSettings(FleetSettings, frozen=True, kw_only=True, forbid_unknown_fi
         str, Meta(description="names that clients use, comma-separated; default: the directory's name")
     ] = ""
     load_format: Annotated[
-        str,
+        Literal["auto", "dummy"],
         Meta(
             description="auto: the checkpoint's safetensors; dummy: random weights made at start, for measuring a "
             "model whose directory holds configuration and tokenizer only"
         ),
     ] = "auto"
-    dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto, float32, bfloat16 or float16")
+    ] = "auto"
     quantization: Annotated[
-        str,
+        Literal["auto", "fp8", "int8"],
         Meta(
             description="auto: as the checkpoint is; fp8: unquantized weights become FP8 as they are loaded; int8: "
             "likewise whole numbers of 8 bits, on CPUs with AVX512-BF16"
         ),
     ] = "auto"
     kv_cache_dtype: Annotated[
-        str, Meta(description="of KV pages: auto (as computed in) or fp8_e4m3; equal on workers that hand off")
+        Literal["auto", "fp8_e4m3"],
+        Meta(description="of KV pages: auto (as computed in) or fp8_e4m3; equal on workers that hand off"),
     ] = "auto"
     device: Annotated[str, Meta(description="auto, cpu or cuda")] = "auto"
     threads: Annotated[int, Meta(description="compute threads; 0: all cores", ge=0, le=1024)] = 0

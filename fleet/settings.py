@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -125,13 +125,27 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _convert(kind: type[FleetSettings], name: str, value: object, source: str) -> Any:
-    annotation = get_type_hints(kind, include_extras=True)[name]
     try:
-        return msgspec.convert(value, annotation, strict=not isinstance(value, str))
-    except msgspec.ValidationError as error:
+        return parse(value, get_type_hints(kind, include_extras=True)[name])
+    except ValueError as error:
         # A secret or a URL with a password must not be echoed into a log.
         shown = "***" if "secret" in name or "url" in name else repr(value)
         raise SettingsError(f"{source} = {shown}: {error}") from error
+
+
+def parse(value: object, annotation: Any) -> Any:
+    """A setting's value from text or TOML; ValueError says what is wrong with it, or what there is to choose from."""
+    try:
+        return msgspec.convert(value, annotation, strict=not isinstance(value, str))
+    except msgspec.ValidationError as error:
+        *others, last = choices(annotation) or (str(error),)
+        raise ValueError(f"{', '.join(others)} or {last}" if others else last) from error
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """All values of a setting that has only a few; else none."""
+    base = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+    return get_args(base) if get_origin(base) is Literal else ()
 
 
 def _nearest(name: str, names: set[str]) -> str:

@@ -45,6 +45,7 @@ def test_flags_become_settings_by_field_name(parser: argparse.ArgumentParser) ->
     [
         (["up", "--port", "99999"], "argument --port: Expected `int` <= 65535"),
         (["up", "--max-num-seqs", "many"], "argument --max-num-seqs: Expected `int`"),
+        (["up", "--quantization", "int4"], "argument --quantization: auto, fp8 or int8"),
         (["up", "--decode", "0"], "argument --decode: '0' is not a number of workers from 1 on"),
         (["up", "--max-num-seq", "3"], "unknown argument --max-num-seq; did you mean --max-num-seqs?"),
         (["keys", "create", "x", "--rpm", "-1"], "argument --rpm"),

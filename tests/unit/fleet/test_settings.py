@@ -34,6 +34,15 @@ def test_a_bad_value_names_its_variable(name: str, value: str) -> None:
         load(FleetSettings, environ={name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [("QUANTIZATION", "int4", "auto, fp8 or int8"), ("LOAD_FORMAT", "gguf", "auto or dummy"), ("DTYPE", "", "auto, ")],
+)
+def test_one_of_few_values_is_refused_with_what_there_is(name: str, value: str, allowed: str) -> None:
+    with pytest.raises(SettingsError, match=f"BATON_{name} = '{value}': {allowed}"):
+        load(WorkerSettings, environ={f"BATON_{name}": value})
+
+
 def test_a_bad_secret_is_not_echoed(tmp_path: Path) -> None:
     path = tmp_path / "baton.toml"
     path.write_text("cluster_secret = 12345\n")
