@@ -75,10 +75,12 @@ def build_inputs(
     )
     tensors = torch.from_numpy(columns).to(shape.device).unbind()
     table_rows = list(map(TableRow, begins, starts, counts, pages))
-    sampled_rows = [
-        TableRow(at, one.start + one.count - 1, 1, one.table)
-        for at, one in enumerate(one for row, one in zip(rows, table_rows, strict=True) if row.sample)
-    ]
+    num_sampled = sum(row.sample for row in rows)
+    sampled_attention = None
+    if 0 < num_sampled < num_tokens:
+        sampled = (one for row, one in zip(rows, table_rows, strict=True) if row.sample)
+        last_tokens = [TableRow(at, one.start + one.count - 1, 1, one.table) for at, one in enumerate(sampled)]
+        sampled_attention = plan_attention(last_tokens, shape.last_window, shape)
     return StepInputs(
         token_ids=tensors[0],
         positions=tensors[1],
@@ -87,10 +89,8 @@ def build_inputs(
         offsets=tensors[4],
         slots=tensors[5],
         attention={window: plan_attention(table_rows, window, shape) for window in shape.windows},
-        sampled_tokens=tensors[6][: len(sampled_rows)],
-        sampled_attention=(
-            plan_attention(sampled_rows, shape.last_window, shape) if 0 < len(sampled_rows) < num_tokens else None
-        ),
+        sampled_tokens=tensors[6][:num_sampled],
+        sampled_attention=sampled_attention,
     )
 
 
