@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from fleet.service_settings import DecodeSettings, GatewaySettings, PrefillSettings, WorkerSettings
-from fleet.settings import FleetSettings, choices, parse
+from fleet.settings import FleetSettings, base_of, choices, parse
 
 # One file or address for several processes would tell nothing; these are for one service in a container.
 NOT_FLAGS = frozenset({"liveness_file", "admin_address"})
@@ -70,7 +70,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: msgspec.structs.FieldInfo, 
     description = _description(annotation)
     shown = "" if field.default in {"", None} or field.default is msgspec.NODEFAULT else f" (default: {field.default})"
     text = (description + shown).replace("%", "%%")
-    base = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+    base = base_of(annotation)
     if base is bool:
         negative = "--no-" + field.name.replace("_", "-")
         group.add_argument(

@@ -144,8 +144,13 @@ def parse(value: object, annotation: Any) -> Any:
 
 def choices(annotation: Any) -> tuple[str, ...]:
     """All values of a setting that has only a few; else none."""
-    base = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+    base = base_of(annotation)
     return get_args(base) if get_origin(base) is Literal else ()
+
+
+def base_of(annotation: Any) -> Any:
+    """A setting's type without what is said about it."""
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
 
 
 def _nearest(name: str, names: set[str]) -> str:

@@ -12,13 +12,13 @@ from numba import types
 from numba.extending import intrinsic
 
 from engine.cpu.panels import EIGHT_BITS, PANEL, PLAIN, RECORD_BYTES, RECORD_WEIGHTS
-from engine.cpu.tiles import LANES, SUMS, VECTOR_BYTES, WORDS, fetch, load, store, tile
+from engine.cpu.tiles import LANES, SUMS, VECTOR_BYTES, WORDS, fetch, load, splat, store, tile
 from engine.cpu.vectors import store_bf16
 
 ROWS = 12
 """Tokens at a time: with two vectors of outputs, 24 sums in registers."""
 
-_WORD, _HALF, _INDEX = (ir.IntType(bits) for bits in (64, 16, 32))
+_WORD, _HALF = (ir.IntType(bits) for bits in (64, 16))
 _BYTES, _HALVES = (ir.VectorType(ir.IntType(bits), PANEL) for bits in (8, 16))
 
 
@@ -200,10 +200,7 @@ def _expand_bytes(builder: Any, record: Any, target: Any) -> None:
 
 def _spread_exponent(builder: Any, exponent: Any) -> Any:
     """Emit an exponent in its place in every half of a vector."""
-    half = builder.shl(builder.trunc(exponent, _HALF), _HALF(7))
-    undefined = ir.Constant(_HALVES, ir.Undefined)
-    single = builder.insert_element(undefined, half, _INDEX(0))
-    return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_INDEX, PANEL), [0] * PANEL))
+    return splat(builder, builder.shl(builder.trunc(exponent, _HALF), _HALF(7)), PANEL)
 
 
 def _all(number: int) -> Any:

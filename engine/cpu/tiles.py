@@ -135,11 +135,11 @@ def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
 
 
-def splat(builder: Any, value: Any) -> Any:
-    """A 32-bit word in all lanes."""
-    undefined = ir.Constant(WORDS, ir.Undefined)
+def splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    """A number in all lanes."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     single = builder.insert_element(undefined, value, ir.Constant(_WORD, 0))
-    return builder.shuffle_vector(single, undefined, ir.Constant(WORDS, [0] * LANES))
+    return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_WORD, lanes), [0] * lanes))
 
 
 def fetch(builder: Any, address: Any) -> None:

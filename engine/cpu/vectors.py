@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from engine.cpu.jit import call
-from engine.cpu.tiles import LANES
+from engine.cpu.tiles import LANES, splat
 
 _FAST = ("reassoc", "contract", "nsz", "arcp")
 _WORD, _FLOAT = ir.IntType(32), ir.FloatType()
@@ -42,9 +42,7 @@ def gate(_context: Any, gates: Any, ups: Any, output: Any, count: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def turn(
-    _context: Any, head: Any, weight: Any, cosines: Any, sines: Any, size: Any, eps: Any, normed: Any
-) -> Any:  # fmt: skip
+def turn(_context: Any, head: Any, weight: Any, cosines: Any, sines: Any, size: Any, eps: Any, normed: Any) -> Any:
     """Rotate a head of `size` bf16 numbers in place, computed in float32; normed before by a weight if `normed`.
 
     Args:
@@ -71,7 +69,7 @@ def turn(
             total = call(builder, f"llvm.vector.reduce.fadd.v{lanes}f32", _FLOAT, _FLOAT(0.0), squares, flags=_FAST)
             mean = builder.fadd(builder.fmul(total, _FLOAT(1 / (2 * half))), eps)
             scale = builder.fdiv(_FLOAT(1.0), call(builder, "llvm.sqrt.f32", _FLOAT, mean))
-            everywhere = _splat(builder, scale, lanes)
+            everywhere = splat(builder, scale, lanes)
             factors = [builder.fmul(everywhere, _load_bf16(builder, weight, at, lanes)) for at in places]
             numbers = [builder.fmul(*both) for both in zip(numbers, factors, strict=True)]
         kind = numbers[0].type
@@ -107,13 +105,6 @@ def spread(_context: Any, source: Any, target: Any, size: Any, odd: Any) -> Any:
         return ir.Constant(ir.IntType(64), 0)
 
     return types.int64(source, target, size, odd), emit
-
-
-def _splat(builder: Any, value: Any, lanes: int) -> Any:
-    kind = ir.VectorType(value.type, lanes)
-    undefined = ir.Constant(kind, ir.Undefined)
-    single = builder.insert_element(undefined, value, _WORD(0))
-    return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_WORD, lanes), [0] * lanes))
 
 
 def _lanes(size: int) -> int:
